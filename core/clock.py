@@ -1,0 +1,38 @@
+"""Time is injected: core reads a `Clock`, never `time.*`, so that simulation and tests own the time."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """A source of seconds. Only differences matter; the zero is arbitrary."""
+
+    def now(self) -> float:
+        """Seconds, never going backwards."""
+        ...
+
+
+class MonotonicClock:
+    """Real time. The same zero in every process of one machine."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class VirtualClock:
+    """Time that moves only when told to; for tests and simulation."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> float:
+        """Move forward by `seconds` and return the new time."""
+        if seconds < 0:
+            raise ValueError(f"a clock cannot go back (advance by {seconds})")
+        self._now += seconds
+        return self._now

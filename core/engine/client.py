@@ -1,0 +1,62 @@
+"""The engine client: how a front talks to an engine core, wherever it runs.
+
+Two transports, one interface: `InlineClient` (a thread of this process) and `SubprocessClient` (a spawned child,
+msgspec over ZMQ ipc). `interlace.assemble` chooses by `engine.process`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from interlace.errors import EngineDeadError
+from interlace.interfaces.executor import ExecutorInfo
+from interlace.messages import EngineRequest, StepOutput
+
+OnOutput = Callable[[StepOutput], None]
+OnDeath = Callable[[EngineDeadError], None]
+
+
+class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer of the engine loop itself, not of the process around it."""
+
+    status: str
+    """`ok` or `degraded`; a dead engine raises instead."""
+    reason: str | None = None
+    num_running: int = 0
+    num_waiting: int = 0
+    steps: int = 0
+
+
+class EngineClient(ABC):
+    """Sends requests to one engine core and receives a `StepOutput` per step. Thread-safe."""
+
+    @abstractmethod
+    def start(self, on_output: OnOutput, on_death: OnDeath) -> ExecutorInfo:
+        """Start the engine and wait until it is ready; raises the true cause when it cannot start.
+
+        Afterwards `on_output` is called once per step, from a thread of the client, and must not block.
+        `on_death` is called at most once, when the engine stopped by itself."""
+
+    @abstractmethod
+    def add(self, requests: list[EngineRequest]) -> None:
+        """Queue requests; they enter the engine before its next step. Raises `EngineDeadError` if it is gone."""
+
+    @abstractmethod
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests; unknown and finished ids are ignored. Each aborted one is reported with reason `abort`."""
+
+    @abstractmethod
+    def health(self, timeout: float = 5.0) -> EngineHealth:
+        """Ask the engine loop. Raises `EngineDeadError` if it is dead or does not answer within `timeout` s."""
+
+    @abstractmethod
+    def control(self, operation: str, **arguments: Any) -> Any:
+        """Run a named operation in the engine, between steps (`reset_prefix_cache`, `check_integrity`, …)."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Stop the engine and free everything; unfinished requests are dropped. May be called twice."""

@@ -1,0 +1,1 @@
+"""One abstract base class per plugin kind. A plugin implements one of these and nothing else."""

@@ -1,0 +1,100 @@
+"""The contract of attention backends (version 1): paged attention over one KV group, mixed prefill and decode.
+
+A backend owns the layout of the cache and writes it. One instance serves one KV group of one rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from interlace.worker.batch import ForwardBatch
+
+
+class AttentionSpec(msgspec.Struct, frozen=True):
+    """What one attention layer needs. Layers with equal `kv_key` share a KV group."""
+
+    num_heads: int
+    """Query heads on this rank."""
+    num_kv_heads: int
+    """KV heads on this rank."""
+    head_size: int
+    kind: str = "full"
+    """Open name: `full` or `window`; later `mla`, `state`."""
+    window: int = 0
+    """For kind `window`: a token sees itself and the `window - 1` tokens before it."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap); 0 = off."""
+    scale: float = 0.0
+    """Multiplier of the scores; 0 means head_size ** -0.5."""
+
+    @property
+    def kv_key(self) -> tuple[str, int, int, int]:
+        return (self.kind, self.window, self.num_kv_heads, self.head_size)
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.scale or self.head_size**-0.5
+
+
+class CacheLayout(msgspec.Struct, frozen=True):
+    """Shape and dtype (a torch dtype name) of one layer's cache tensor; the first dimension counts blocks."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class AttentionBackend(ABC):
+    """Paged attention. Block 0 is the null block: never written for a real token, never read unmasked."""
+
+    class Options(BaseModel):
+        """Typed options; a subclass replaces this."""
+
+        model_config = ConfigDict(extra="forbid")
+
+    batch_invariant: ClassVar[bool] = False
+    """Whether a row's result has the same bits whatever else is in the batch, and however its prefill is cut."""
+    graph_support: ClassVar[str] = "none"
+    """Which batches `forward` may be captured for in a device graph: `none`, `decode` or `any`."""
+
+    def __init__(self, options: BaseModel, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> None:
+        self.options: Any = options
+        self.spec = spec
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> str | None:
+        """None if this backend can serve such layers here, else the reason against, as a clause."""
+
+    @abstractmethod
+    def cache_layout(self, num_blocks: int) -> CacheLayout:
+        """Layout of one layer's cache of `num_blocks` blocks of `block_size` tokens (keys and values)."""
+
+    @abstractmethod
+    def prepare(self, batch: ForwardBatch, group: int) -> Any:
+        """Build this step's metadata for KV group `group` once; the result is given to `forward` of every layer."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: Any,
+    ) -> torch.Tensor:
+        """Write `key`, `value` [tokens, kv_heads, head_size] into `cache` at the batch's slots, then attend.
+
+        `query` is [tokens, heads, head_size]; returns [tokens, heads, head_size]. Query head h reads KV head
+        h // (heads / kv_heads). Causal: a token sees its own sequence up to itself (and within the window).
+        """

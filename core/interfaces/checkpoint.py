@@ -1,0 +1,54 @@
+"""The contract of checkpoints (version 1): where weights, configuration and tokenizer of a model come from.
+
+A provider must be importable without torch: the front process reads configuration and tokenizer, only workers read
+weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from interlace.model_config import ModelConfig
+    from interlace.tokenizer import Tokenizer
+
+
+class Checkpoint(ABC):
+    """One model on disk. Every method may raise `CheckpointError` naming file, cause and cure."""
+
+    class Options(BaseModel):
+        """Typed options; a subclass replaces this."""
+
+        model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, options: BaseModel, path: Path) -> None:
+        self.options: Any = options
+        self.path = path
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, path: Path) -> bool:
+        """Whether `path` (a file or directory that exists) is of this format. Looks at names and magic only."""
+
+    @abstractmethod
+    def config(self) -> ModelConfig:
+        """The architecture and its numbers."""
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with its special tokens and chat template."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face weight name, tensor) pairs in file order; memory-mapped or dequantised one at a time."""
+
+    def num_weights(self) -> int | None:
+        """How many pairs `weights` yields, for the progress bar; None if unknown."""
+        return None

@@ -1,0 +1,115 @@
+"""The contract of kernels (version 1): the fused building blocks that layers and sampler are made of.
+
+The base class *is* the reference: every op has a readable torch body that runs on any device. A provider overrides
+the ops it does better; `supports` may refuse an op for a device or dtype. Ops are resolved one by one, so a provider
+is never all or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding", "make_linear")
+"""The ops of the contract, in the order they are logged."""
+
+
+class KernelSpec(msgspec.Struct, frozen=True):
+    """Where the ops are to run."""
+
+    dtype: str
+    device: str
+    weights: str = "auto"
+    """How linear weights are kept: auto (= dtype), as-shipped, bf16, int8, float32."""
+    deterministic: bool = False
+
+
+class Kernels:
+    """Fused ops. Methods may be called from one thread per instance and must not keep their arguments."""
+
+    class Options(BaseModel):
+        """Typed options; a subclass replaces this."""
+
+        model_config = ConfigDict(extra="forbid")
+
+    batch_invariant: ClassVar[frozenset[str]] = frozenset()
+    """Ops whose result for a row has the same bits whatever the other rows."""
+
+    def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
+        self.options: Any = options
+        self.spec = spec
+
+    @classmethod
+    def supports(cls, op: str, spec: KernelSpec) -> str | None:
+        """None if the provider's own `op` can run under `spec`, else the reason against, as a clause."""
+        return None
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension, computed in float32; `unit_offset`: weight + 1 (Gemma)."""
+        wide = x.float()
+        wide = wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        if unit_offset:
+            return (wide * (1.0 + weight.float())).to(x.dtype)
+        return weight * wide.to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual); may write the sum into `residual`."""
+        residual = residual + x
+        return self.rms_norm(residual, weight, eps, unit_offset), residual
+
+    def rope(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate the first `rotary` channels of each head, halves convention (NeoX style).
+
+        query [tokens, heads, head_size], key [tokens, kv_heads, head_size], positions [tokens],
+        cos_sin [max_position, rotary] in float32: cosines in the first half, sines in the second.
+        """
+        import torch
+
+        table = cos_sin[positions].unsqueeze(1)  # [tokens, 1, rotary]
+        half = table.shape[-1] // 2
+        cos, sin = table[..., :half].to(query.dtype), table[..., half:].to(query.dtype)
+
+        def rotate(x: torch.Tensor) -> torch.Tensor:
+            first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+            return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+        return rotate(query), rotate(key)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [tokens, 2 * size] holding gate, then up."""
+        import torch
+
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate, tanh approximation) * up for gate_up [tokens, 2 * size]."""
+        import torch
+
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """weight[token_ids]: [tokens, hidden]."""
+        return weight[token_ids]
+
+    def make_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Prepare `weight` [out, in] once and return x [tokens, in] -> [tokens, out].
+
+        Called once per linear after loading; the caller drops its own reference to `weight`, so a provider may keep
+        any packed form instead."""
+        import torch
+
+        return lambda x: torch.nn.functional.linear(x, weight, bias)

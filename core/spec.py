@@ -1,0 +1,99 @@
+"""`ResolvedSpec`: everything the engine core and its workers need to know, as plain data.
+
+Made once by `interlace.assemble` in the process that starts the engine, and followed by the others without
+discovering plugins, reading the environment or the configuration again. It carries no API keys.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import msgspec
+
+from interlace.errors import PluginImportError
+from interlace.model_config import ModelConfig
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """One chosen provider with its validated options."""
+
+    kind: str
+    name: str
+    target: str
+    options: dict[str, Any] = {}
+    package: str = ""
+    version: str = ""
+    reason: str = ""
+    """Why it was chosen, for the start-up log."""
+
+    def load(self) -> Any:
+        """Import and return the target class. Raises `PluginImportError` with the cause chained."""
+        module_name, _, attribute = self.target.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except Exception as error:
+            raise PluginImportError(
+                f"{self.kind} '{self.name}' ({self.package} {self.version}) cannot be imported from "
+                f"'{self.target}': {type(error).__name__}: {error}"
+            ) from error
+        return found
+
+    def load_options(self, target: Any) -> Any:
+        """The options as an instance of the target's own `Options` model."""
+        return target.Options(**self.options)
+
+
+class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Budgets the core enforces, whatever the policy."""
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    long_prefill_token_threshold: int = 0
+    watermark: float = 0.01
+    reserve_full_prompt: bool = True
+    starvation_timeout_s: float = 60.0
+    """The watchdog names the policy when a request has waited longer than this while others were planned."""
+
+
+class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """KV cache settings."""
+
+    block_size: int = 32
+    prefix_caching: bool = True
+    memory_bytes: int | None = None
+    """Exact budget; None: `memory_share` of the free memory."""
+    memory_share: float = 0.4
+    max_blocks: int | None = None
+    """Upper limit on the number of blocks; for tests."""
+
+
+class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine, resolved."""
+
+    model: str
+    """The name the user gave, for messages and the `model` field of outputs."""
+    model_path: str
+    model_config: ModelConfig
+    checkpoint: Component
+    architecture: Component
+    scheduler: Component
+    executor: Component
+    attention: tuple[Component, ...]
+    """Candidates in the order to ask; the worker takes, per KV group, the first that supports it."""
+    kernels: tuple[Component, ...]
+    """Candidates in the order to ask, per op; the reference of the contract always comes last."""
+    logits_processors: tuple[Component, ...] = ()
+    limits: SchedulerLimits = SchedulerLimits()
+    cache: CacheSpec = CacheSpec()
+    dtype: str = "float32"
+    """Compute type, resolved: float32, bfloat16 or float16."""
+    weights: str = "auto"
+    max_model_len: int = 2048
+    device: str = "cpu"
+    threads: int = 0
+    """0: one per core this process may use."""
+    seed: int | None = None
+    deterministic: bool = False

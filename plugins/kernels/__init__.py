@@ -1,0 +1,12 @@
+"""Built-in kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from interlace.hookspecs import Provider, hookimpl
+
+
+@hookimpl
+def interlace_kernels() -> Iterable[Provider]:
+    return ()
