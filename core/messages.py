@@ -10,10 +10,7 @@ as msgpack without pickle. Per step there is one object, in columns; there is no
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
-
 from interlace.sampling.params import SamplingParams
 
 __all__ = [

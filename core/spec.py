@@ -10,7 +10,6 @@ import importlib
 from typing import Any
 
 import msgspec
-
 from interlace.errors import PluginImportError
 from interlace.model_config import ModelConfig
 

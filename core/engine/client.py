@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-
 from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorInfo
 from interlace.messages import EngineRequest, StepOutput

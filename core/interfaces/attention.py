@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
-
     from interlace.worker.batch import ForwardBatch
 
 

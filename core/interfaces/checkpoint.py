@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
-
     from interlace.model_config import ModelConfig
     from interlace.tokenizer import Tokenizer
 

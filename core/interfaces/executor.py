@@ -11,9 +11,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict
-
 from interlace.kv.specs import KVCacheConfig
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from interlace.messages import StepPlan, StepResult

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class LogitsRow(NamedTuple):
     """One row of the logits tensor."""
 
-    index: int
+    row: int
     """Row in `logits`."""
     slot: int
     """The request, as given to `add`."""

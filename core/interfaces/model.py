@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-
 from interlace.errors import CapacityError
 
 NULL_BLOCK = 0

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-
 from interlace.errors import InvalidRequestError, did_you_mean
 
 MAX_N = 128
@@ -143,9 +142,9 @@ def _validate(params: SamplingParams) -> None:
     if not all(isinstance(word, str) and word for word in params.bad_words or ()):
         raise _bad("bad_words", params.bad_words, "a list of non-empty strings")
     _token_ids("stop_token_ids", params.stop_token_ids or ())
-    for name, value in (params.logit_bias or {}).items():
+    for token, value in (params.logit_bias or {}).items():
         if not isinstance(value, (int, float)) or not -100 <= value <= 100:
-            raise _bad(f"logit_bias[{name}]", value, "a number from -100 to 100")
+            raise _bad(f"logit_bias[{token}]", value, "a number from -100 to 100")
     _token_ids("logit_bias", list(params.logit_bias or {}))
     if params.allowed_token_ids is not None:
         if not params.allowed_token_ids:
