@@ -1,4 +1,4 @@
-"""Built-in schedulers."""
+"""Built-in scheduling policies."""
 
 from __future__ import annotations
 
@@ -9,4 +9,13 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_schedulers() -> Iterable[Provider]:
-    return ()
+    """`fcfs` and `priority`."""
+    package = "interlace.plugins.schedulers"
+    return (
+        Provider(name="fcfs", target=f"{package}.fcfs:Fcfs", summary="first come, first served"),
+        Provider(
+            name="priority",
+            target=f"{package}.priority:Priority",
+            summary="lower priority number first, arrival breaks ties, optional aging",
+        ),
+    )

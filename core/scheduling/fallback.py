@@ -1,0 +1,76 @@
+"""What happens when a policy fails: the core completes the step itself, in arrival order, without preempting."""
+
+from __future__ import annotations
+
+import logging
+
+from interlace.interfaces.scheduler import Outcome, Scheduler
+from interlace.scheduling.step_builder import StepBuilder
+
+logger = logging.getLogger("interlace.scheduling")
+
+MAX_FAILURES = 10
+"""After this many failed steps in a row, the fallback stays in charge."""
+
+
+class GuardedPolicy:
+    """Runs a policy so that its mistakes cost speed or fairness, never a request.
+
+    A policy fails a step by raising, by making too many calls, or by planning nothing although something could run
+    and it did not ask to be woken. Its valid partial plan is kept and completed by the fallback.
+    """
+
+    def __init__(self, policy: Scheduler, name: str) -> None:
+        self.policy = policy
+        self.name = name
+        self.failures = 0  # in a row
+        self.degraded: str | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the fallback is in charge for good."""
+        return self.failures >= MAX_FAILURES
+
+    def plan(self, step: StepBuilder, anything_in_flight: bool) -> None:
+        """Let the policy compose `step`, and complete it where the policy failed."""
+        if self.replaced:
+            complete(step)
+            return
+        try:
+            self.policy.plan(step)
+        except Exception as error:
+            self._failed(step, f"{type(error).__name__}: {error}", error)
+            return
+        if not step.rows and not anything_in_flight and step.wake_time is None:
+            complete(step)
+            if step.rows or step.preempted:
+                self._failed(step, "it planned nothing although something could run")
+            return
+        self.failures = 0
+
+    def _failed(self, step: StepBuilder, reason: str, error: Exception | None = None) -> None:
+        self.failures += 1
+        complete(step)
+        if self.failures in (1, MAX_FAILURES):
+            logger.error("scheduler '%s' failed a step: %s", self.name, reason, exc_info=error)
+        if self.replaced:
+            self.degraded = (
+                f"scheduler '{self.name}' failed {self.failures} steps in a row ({reason}); "
+                "the fallback (arrival order, no preemption) is in charge until a restart"
+            )
+            logger.error("%s", self.degraded)
+
+
+def complete(step: StepBuilder) -> None:
+    """Fill the rest of a step: running requests first, then waiting ones in arrival order; no preemption, unless
+    running requests hold all blocks and none of them can go on."""
+    step.restore_calls()
+    short = step.continue_running()
+    if short and not step.rows and not step.preempted:
+        # Nothing else would ever free a block: the youngest gives way.
+        step.preempt(max(short, key=lambda request: request.arrival_time))
+        for request in short:
+            step.schedule(request)
+    for request in sorted(step.waiting, key=lambda request: request.arrival_time):
+        if step.schedule(request) in (Outcome.BLOCKS, Outcome.BUDGET, Outcome.SEATS):
+            break
