@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from typing import Protocol
 
 
@@ -36,3 +37,8 @@ class VirtualClock:
             raise ValueError(f"a clock cannot go back (advance by {seconds})")
         self._now += seconds
         return self._now
+
+
+def local_time() -> datetime:
+    """The wall clock in local time: for dates that people or models read, never for durations."""
+    return datetime.now()

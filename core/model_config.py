@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from interlace.errors import CheckpointError
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "max_position_embeddings",
+)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             return cls(**_read(raw))
         except KeyError as error:
             raise CheckpointError(f"{where}: the model configuration lacks {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{where}: the model configuration is malformed: {error}") from error
 
 
@@ -55,10 +68,12 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
     if not architectures:
         raise KeyError("architectures")
     num_heads = int(raw["num_attention_heads"])
+    architecture = str(architectures[0])
     rope, local_rope = _read_rope(raw)
+    window, layer_types = _read_windows(raw, architecture)
     eos = raw.get("eos_token_id")
-    return {
-        "architecture": str(architectures[0]),
+    numbers: dict[str, Any] = {
+        "architecture": architecture,
         "vocab_size": int(raw["vocab_size"]),
         "hidden_size": int(raw["hidden_size"]),
         "intermediate_size": int(raw["intermediate_size"]),
@@ -68,16 +83,48 @@ def _read(raw: dict[str, Any]) -> dict[str, Any]:
         "head_size": int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "max_position_embeddings": int(raw.get("max_position_embeddings", 2048)),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        # Gemma's configs leave it out when it is true, the others when it is false.
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", architecture.startswith("Gemma"))),
         "rope": rope,
         "local_rope": local_rope,
-        "sliding_window": int(raw.get("sliding_window") or 0),
-        "layer_types": tuple(raw.get("layer_types") or ()),
+        "sliding_window": window,
+        "layer_types": layer_types,
         "bos_token_id": raw.get("bos_token_id"),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         "dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         "raw": raw,
     }
+    for key in _POSITIVE:
+        if numbers[key] <= 0:
+            raise ValueError(f"{key} is {numbers[key]}, it must be positive")
+    return numbers
+
+
+def _read_windows(raw: dict[str, Any], architecture: str) -> tuple[int, tuple[str, ...]]:
+    """(sliding window, type of each layer); (0, ()) where no layer has a window, whatever the config mentions."""
+    window = int(raw.get("sliding_window") or 0)
+    num_layers = int(raw["num_hidden_layers"])
+    # Llama has no window; Qwen's configs mention one that is off unless `use_sliding_window` is set.
+    used = raw.get("use_sliding_window", not architecture.startswith(("Llama", "Qwen")))
+    if not window or not used:
+        return 0, ()
+    if raw.get("layer_types"):
+        types = tuple(str(kind) for kind in raw["layer_types"])
+    else:
+        types = tuple(_layer_type(raw, architecture, index) for index in range(num_layers))
+    if len(types) != num_layers:
+        raise ValueError(f"layer_types has {len(types)} entries for {num_layers} layers")
+    return (window, types) if "sliding_attention" in types else (0, ())
+
+
+def _layer_type(raw: dict[str, Any], architecture: str, index: int) -> str:
+    """The rule of each family for configs that do not list `layer_types`."""
+    sliding = True  # Mistral: every layer
+    if architecture.startswith("Gemma3"):
+        sliding = (index + 1) % int(raw.get("sliding_window_pattern", 6)) != 0
+    elif architecture.startswith("Qwen"):
+        sliding = index >= int(raw.get("max_window_layers", 28))
+    return "sliding_attention" if sliding else "full_attention"
 
 
 def _read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,9 +133,22 @@ def _read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if parameters and "full_attention" in parameters:
         return dict(parameters["full_attention"]), dict(parameters.get("sliding_attention") or {})
     if parameters:
-        return dict(parameters), {}
+        return {"rope_theta": float(raw.get("rope_theta", 10000.0)), **parameters}, {}
     rope = dict(raw.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope["rope_theta"] = float(raw.get("rope_theta", 10000.0))
     local_theta = raw.get("rope_local_base_freq")
     return rope, {"rope_type": "default", "rope_theta": float(local_theta)} if local_theta else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a model's files. Raises `CheckpointError` naming file, cause and cure."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the file is missing; copy or fetch it into the model's directory") from error
+    except (OSError, UnicodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); it may be truncated: fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value
