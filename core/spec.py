@@ -6,11 +6,11 @@ discovering plugins, reading the environment or the configuration again. It carr
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import msgspec
-from interlace.errors import PluginImportError
+
+from interlace.contracts import CONTRACTS, check_class, load_target
 from interlace.model_config import ModelConfig
 
 
@@ -26,18 +26,17 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     """Why it was chosen, for the start-up log."""
 
+    @property
+    def owner(self) -> str:
+        """How messages call it: kind, name, package and version."""
+        return f"{CONTRACTS[self.kind].noun} '{self.name}' ({f'{self.package} {self.version}'.strip()})"
+
     def load(self) -> Any:
-        """Import and return the target class. Raises `PluginImportError` with the cause chained."""
-        module_name, _, attribute = self.target.partition(":")
-        try:
-            found: Any = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                found = getattr(found, part)
-        except Exception as error:
-            raise PluginImportError(
-                f"{self.kind} '{self.name}' ({self.package} {self.version}) cannot be imported from "
-                f"'{self.target}': {type(error).__name__}: {error}"
-            ) from error
+        """Import the target class and check that it keeps its contract.
+
+        Raises `PluginImportError` (cause chained) or `PluginContractError` (naming the missing methods)."""
+        found = load_target(self.target, self.owner)
+        check_class(self.kind, found, self.owner)
         return found
 
     def load_options(self, target: Any) -> Any:

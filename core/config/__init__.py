@@ -1,0 +1,21 @@
+"""Configuration: `Settings`, and `load_settings`, which merges file, environment, flags and constructor."""
+
+from interlace.config.loading import LoadedSettings, debug_requested, effective, environment, load_settings
+from interlace.config.reference import Setting, all_settings, describe
+from interlace.config.settings import Settings, parse_memory
+from interlace.config.sources import OTHER_VARIABLES, convert_texts
+
+__all__ = [
+    "OTHER_VARIABLES",
+    "LoadedSettings",
+    "Setting",
+    "Settings",
+    "all_settings",
+    "convert_texts",
+    "debug_requested",
+    "describe",
+    "effective",
+    "environment",
+    "load_settings",
+    "parse_memory",
+]

@@ -1,0 +1,279 @@
+"""Every setting of Interlace, typed, bounded and described. The descriptions become docs/config.md.
+
+`Settings()` is the defaults and nothing else: which files, variables and flags are read is decided by
+`interlace.config.load_settings`, which also remembers where each value came from.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+Options = dict[str, dict[str, Any]]
+"""Plugin name → that plugin's options; validated against its own Options model when it is selected."""
+
+
+def parse_memory(text: str) -> int | float:
+    """Bytes as an int ("2GiB", "500MB", "4096") or a share of the free memory as a float ("0.4", "40%").
+
+    Raises `ValueError` when `text` is neither."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*|%)\s*", text)
+    if match and match[2] == "%":
+        share = float(match[1]) / 100
+        if 0 < share <= 1:
+            return share
+    elif match and not match[2] and "." in match[1]:
+        share = float(match[1])
+        if 0 < share <= 1:
+            return share
+    elif match and match[2] in _UNITS and float(match[1]) * _UNITS[match[2]] >= 1:
+        return int(float(match[1]) * _UNITS[match[2]])
+    raise ValueError("should be a size such as '2GiB' or '500MB', or a share of the free memory such as 0.4 or '40%'")
+
+
+def _memory_text(value: Any) -> Any:
+    """Numbers are welcome where sizes are written: 2147483648 (bytes) and 0.4 (a share)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    text = str(value) if is_number else value
+    if isinstance(text, str):
+        parse_memory(text)
+        return str(text)
+    return value
+
+
+def _reject_bool(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """`seed = true` is a mistake, not the number 1."""
+    if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        raise ValueError("true and false are not allowed here")
+    return value
+
+
+class Section(BaseModel):
+    """One table of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    _no_bool = field_validator("*", mode="before")(classmethod(_reject_bool))
+
+
+class SchedulerSettings(Section):
+    """Which policy composes the steps, and the budgets it works under."""
+
+    use: str = Field(default="fcfs", description="Scheduling policy: the name of a scheduler plugin.")
+    max_num_batched_tokens: int = Field(
+        default=2048, ge=1, description="Token budget of a step, prefill and decode together."
+    )
+    max_num_seqs: int = Field(default=256, ge=1, description="How many requests may run at the same time.")
+    long_prefill_token_threshold: int = Field(
+        default=0, ge=0, description="Cap on one request's prefill tokens in one step; 0: no cap."
+    )
+    watermark: float = Field(
+        default=0.01, ge=0.0, lt=1.0, description="Share of the KV blocks kept free when a request is admitted."
+    )
+    reserve_full_prompt: bool = Field(
+        default=True, description="Admit a request only when its whole prompt fits, not merely its first chunk."
+    )
+    starvation_timeout_s: float = Field(
+        default=60.0,
+        gt=0.0,
+        description="Seconds a request may wait while others are planned before the watchdog reports it.",
+    )
+    options: Options = Field(default={}, description="Options of scheduler plugins, by plugin name.")
+
+
+class AttentionSettings(Section):
+    """Which attention backend computes each KV group."""
+
+    use: str = Field(
+        default="auto",
+        description="`auto`, or the name of an attention plugin. `auto` asks the backends of `auto_order`.",
+    )
+    auto_order: list[str] = Field(
+        default=["native", "torch"],
+        description="Backends `auto` asks, best first; names that are not installed are skipped, and installed ones "
+        "that are not listed take no part.",
+    )
+    options: Options = Field(default={}, description="Options of attention plugins, by plugin name.")
+
+
+class KernelSettings(Section):
+    """Which fused kernels layers and sampler are made of."""
+
+    use: str = Field(
+        default="auto",
+        description="`auto`, or the name of a kernels plugin. `auto` asks those of `auto_order`, op by op.",
+    )
+    auto_order: list[str] = Field(
+        default=["native", "torch"],
+        description="Kernel sets `auto` asks, best first; names that are not installed are skipped, and installed "
+        "ones that are not listed take no part.",
+    )
+    options: Options = Field(default={}, description="Options of kernels plugins, by plugin name.")
+
+
+class ExecutorSettings(Section):
+    """What runs the steps, on how many processes and devices."""
+
+    use: str = Field(default="uniprocess", description="The name of an executor plugin.")
+    options: Options = Field(default={}, description="Options of executor plugins, by plugin name.")
+
+
+class CheckpointSettings(Section):
+    """How the model's files are read."""
+
+    use: str = Field(
+        default="auto",
+        description="`auto` (the first format that recognises the files), or the name of a checkpoint plugin.",
+    )
+    options: Options = Field(default={}, description="Options of checkpoint plugins, by plugin name.")
+
+
+class LogitsProcessorSettings(Section):
+    """Which logits processors requests may name."""
+
+    use: list[str] = Field(default=[], description="Names of the logits processor plugins to load.")
+    options: Options = Field(default={}, description="Options of logits processor plugins, by plugin name.")
+
+
+class CacheSettings(Section):
+    """The KV cache."""
+
+    block_size: int = Field(default=32, ge=1, le=1024, description="Tokens in a KV block.")
+    prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests and reuse equal prefixes.")
+    memory: Annotated[str, BeforeValidator(_memory_text)] = Field(
+        default="0.4",
+        description="Memory for the KV cache: a size (`2GiB`, `500MB`, a number of bytes) or a share of the memory "
+        "that is free once the weights are loaded (`0.4`, `40%`).",
+    )
+    max_blocks: int | None = Field(
+        default=None, ge=2, description="Upper limit on the number of KV blocks, whatever fits."
+    )
+
+
+class EngineSettings(Section):
+    """Where the engine core runs."""
+
+    process: Literal["auto", "inline", "subprocess"] = Field(
+        default="auto",
+        description="`inline`: a thread of this process. `subprocess`: a child. `auto`: inline for `LLM`.",
+    )
+
+
+class ServerSettings(Section):
+    """The HTTP server."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
+    api_keys: list[SecretStr] = Field(
+        default=[], description="Keys clients may present. Never printed, never sent to workers."
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="Serve beyond the loopback address although there are no API keys."
+    )
+
+
+class PluginSettings(Section):
+    """Which installed packages take part. Names are those of distributions (what pip installs)."""
+
+    allow: list[str] = Field(
+        default=[],
+        description="If not empty, plugins of only these distributions (and the built-in ones) are imported.",
+    )
+    block: list[str] = Field(
+        default=[],
+        description="Distributions, or `distribution:entry_point`, that are never imported; stronger than `allow`.",
+    )
+    require: list[str] = Field(
+        default=[],
+        description="Requirements such as `interlace-sjf>=0.2` that must be installed and load, or nothing starts.",
+    )
+    checked: bool = Field(
+        default=False, description="Guard what plugins are given against writing; slower, for developing plugins."
+    )
+
+    @field_validator("require")
+    @classmethod
+    def _requirements(cls, values: list[str]) -> list[str]:
+        for value in values:
+            try:
+                Requirement(value)
+            except InvalidRequirement:
+                raise ValueError(f"'{value}' is not a requirement such as 'interlace-sjf>=0.2'") from None
+        return values
+
+
+class Settings(BaseSettings):
+    """All settings of one engine."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    _no_bool = field_validator("*", mode="before")(classmethod(_reject_bool))
+
+    model: str = Field(
+        default="smollm2", description="A name from `interlace models`, a file or directory, or a Hugging Face hub id."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type to compute in. `auto`: bfloat16 where the hardware has it, else float32."
+    )
+    weights: Literal["auto", "as-shipped", "bf16", "int8", "float32"] = Field(
+        default="auto", description="How linear weights are kept in memory. `auto`: in the compute type."
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest prompt plus output, in tokens. Unset: what the model was trained for, at most 8192.",
+    )
+    device: str = Field(default="auto", description="`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads to compute with; 0: one per core this process may use."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="Seed for requests that state none. Unset: a new one each start."
+    )
+    deterministic: bool = Field(
+        default=False, description="Allow only kernels whose result does not depend on what else is in the batch."
+    )
+    chat_template: str | None = Field(
+        default=None, description="File with a jinja chat template, instead of the one shipped with the model."
+    )
+    scheduler: SchedulerSettings = Field(default=SchedulerSettings(), description="Scheduling policy and budgets.")
+    attention: AttentionSettings = Field(default=AttentionSettings(), description="Attention backends.")
+    kernels: KernelSettings = Field(default=KernelSettings(), description="Fused kernels.")
+    executor: ExecutorSettings = Field(default=ExecutorSettings(), description="Executor.")
+    checkpoint: CheckpointSettings = Field(default=CheckpointSettings(), description="Checkpoint format.")
+    logits_processors: LogitsProcessorSettings = Field(
+        default=LogitsProcessorSettings(), description="Logits processors."
+    )
+    cache: CacheSettings = Field(default=CacheSettings(), description="KV cache.")
+    engine: EngineSettings = Field(default=EngineSettings(), description="Engine process.")
+    server: ServerSettings = Field(default=ServerSettings(), description="HTTP server.")
+    plugins: PluginSettings = Field(default=PluginSettings(), description="Plugin packages.")
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("should be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only the constructor: `load_settings` merges the sources itself, to know which one gave each value."""
+        return (init_settings,)
