@@ -40,3 +40,32 @@ def test_the_search_catches_a_path():
         assert len(list(machine_paths("x.md", "fine\n" + text))) == 1
     for text in ("step/work/x", "/workers/x", "$HOME/work/x", "~/work/x", "a /root CA"):
         assert not list(machine_paths("x.md", text)), text
+
+
+def missing_paths(name: str, text: str, root) -> Iterator[str]:
+    """Files and folders of the repository that a page names in backticks and that do not exist."""
+    for path in re.findall(r"`((?:core|plugins|tests|docs)/[\w./-]*)`", text):
+        if not (root / path).exists():
+            yield f"{name}: there is no {path}"
+
+
+def test_pages_name_files_that_exist(repo_root, report):
+    pages = [repo_root / "README.md", *(repo_root / "docs").glob("*.md")]
+    assert len(pages) > 3
+    report(line for page in pages for line in missing_paths(page.name, page.read_text("utf-8"), repo_root))
+
+
+def test_links_between_pages_lead_somewhere(repo_root, report):
+    def violations() -> Iterator[str]:
+        for page in [repo_root / "README.md", repo_root / "CHANGELOG.md", *(repo_root / "docs").glob("*.md")]:
+            for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+                if not (page.parent / target).exists():
+                    yield f"{page.name}: the link to {target} is broken"
+
+    report(violations())
+
+
+def test_the_search_catches_a_missing_file(repo_root):
+    assert list(missing_paths("x.md", "see `core/no_such.py` and `core/`", repo_root)) == [
+        "x.md: there is no core/no_such.py"
+    ]
