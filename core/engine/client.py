@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
 from interlace.errors import EngineDeadError
-from interlace.interfaces.executor import ExecutorInfo
+from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import EngineRequest, StepOutput
 
 OnOutput = Callable[[StepOutput], None]
 OnDeath = Callable[[EngineDeadError], None]
+OnEvent = Callable[[ExecutorEvent], None]
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,9 +36,10 @@ class EngineClient(ABC):
     """Sends requests to one engine core and receives a `StepOutput` per step. Thread-safe."""
 
     @abstractmethod
-    def start(self, on_output: OnOutput, on_death: OnDeath) -> ExecutorInfo:
+    def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
         """Start the engine and wait until it is ready; raises the true cause when it cannot start.
 
+        `on_event` hears of progress while loading (kind `progress`) and of later events of the executor.
         Afterwards `on_output` is called once per step, from a thread of the client, and must not block.
         `on_death` is called at most once, when the engine stopped by itself."""
 

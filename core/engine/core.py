@@ -130,6 +130,11 @@ class EngineCore:
         return bool(self.queues.requests or self._steps)
 
     @property
+    def has_runnable(self) -> bool:
+        """Whether a plan may find something to run."""
+        return bool(self.queues.running or len(self.queues.waiting))
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._steps)
 

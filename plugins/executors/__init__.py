@@ -9,4 +9,11 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_executors() -> Iterable[Provider]:
-    return ()
+    """`uniprocess`."""
+    return (
+        Provider(
+            name="uniprocess",
+            target="interlace.plugins.executors.uniprocess:UniprocessExecutor",
+            summary="one worker inside the engine's process",
+        ),
+    )

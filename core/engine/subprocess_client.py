@@ -1,0 +1,171 @@
+"""`SubprocessClient`: the engine in a child process of its own, so that a busy front does not slow its steps.
+
+Commands and outputs are msgpack over two ZMQ ipc sockets in a directory only this user can enter. All waits block.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+import msgspec
+import zmq
+
+from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnEvent, OnOutput
+from interlace.engine.inline_client import PendingCalls
+from interlace.engine.loop import Abort, Add, Command, Control, Stop
+from interlace.engine.wire import Died, Event, Output, Ready, Reply, decode_from_engine, encode
+from interlace.errors import EngineDeadError
+from interlace.interfaces.executor import ExecutorInfo
+from interlace.messages import EngineRequest
+from interlace.spec import ResolvedSpec
+
+STOP_TIMEOUT = 10.0
+"""Seconds a child is given to end by itself before it is killed."""
+
+
+class SubprocessClient(EngineClient):
+    """Starts and supervises one engine process. Its death reaches `on_death` with the child's exception chained."""
+
+    def __init__(self, spec: ResolvedSpec) -> None:
+        self._spec = spec
+        self._calls = PendingCalls()
+        self._send_lock = threading.Lock()
+        self._dead: EngineDeadError | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, for supervision and tests."""
+        return self._process.pid if self._process else None
+
+    def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
+        self._directory = tempfile.mkdtemp(prefix="interlace-")  # mode 0700
+        self._context = zmq.Context()
+        self._commands, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        for socket, name in ((self._commands, "commands"), (self._outputs, "outputs")):
+            socket.set_hwm(0)
+            socket.bind(f"ipc://{self._directory}/{name}")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "interlace.engine.subprocess_main", self._directory], stdin=subprocess.PIPE
+        )
+        level = logging.getLogger("interlace").getEffectiveLevel()
+        self._commands.send(msgspec.msgpack.encode((self._spec, level)))
+        ready: Future[ExecutorInfo] = Future()
+        self._thread = threading.Thread(
+            target=self._receive, args=(ready, on_output, on_death, on_event), name="interlace-client", daemon=True
+        )
+        self._thread.start()
+        try:
+            return ready.result()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _receive(
+        self, ready: Future[ExecutorInfo], on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None
+    ) -> None:
+        """Hand on what the child says, until it is gone."""
+        assert self._process is not None
+        process_fd = os.pidfd_open(self._process.pid)
+        poller = zmq.Poller()
+        poller.register(self._outputs, zmq.POLLIN)
+        poller.register(process_fd, zmq.POLLIN)
+        cause: Exception | None = None
+        alive = True
+        while alive:
+            alive = process_fd not in dict(poller.poll())
+            while self._outputs.poll(0 if alive else 100):  # what a dying child still said comes first
+                match decode_from_engine(self._outputs.recv()):
+                    case Output(output=output):
+                        on_output(output)
+                    case Ready(info=info):
+                        ready.set_result(info)
+                    case Event(event=event):
+                        if on_event is not None:
+                            on_event(event)
+                    case Reply(call_id=call_id, value=value, error=error):
+                        self._calls.resolve(call_id, value, error.rebuild() if error else None)
+                    case Died(error=error):
+                        cause = error.rebuild()
+        os.close(process_fd)
+        self._process.wait()
+        self._end(ready, cause, on_death)
+
+    def _end(self, ready: Future[ExecutorInfo], cause: Exception | None, on_death: OnDeath) -> None:
+        """The child is gone: tell everyone who waits."""
+        assert self._process is not None
+        code = self._process.returncode
+        if cause is not None:
+            text = f"the engine process stopped: {cause}"
+        elif self._closing:
+            text = "the engine was shut down"
+        else:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            text = f"the engine process (pid {self._process.pid}) {how} without a word"
+        self._dead = EngineDeadError(text)
+        self._dead.__cause__ = cause
+        self._calls.fail_all(self._dead)
+        if not ready.done():
+            ready.set_exception(cause or self._dead)
+        elif not self._closing:
+            on_death(self._dead)
+
+    def _post(self, command: Command) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(str(self._dead)) from self._dead.__cause__
+        if self._process is None:
+            raise EngineDeadError("the engine was not started")
+        with self._send_lock:
+            self._commands.send(encode(command))
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        self._post(Add(requests))
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._post(Abort(request_ids))
+
+    def health(self, timeout: float = 5.0) -> EngineHealth:
+        return msgspec.convert(self._call("health", {}, timeout), EngineHealth)
+
+    def control(self, operation: str, **arguments: Any) -> Any:
+        return self._call(operation, arguments, None)
+
+    def _call(self, operation: str, arguments: dict[str, Any], timeout: float | None) -> Any:
+        call_id, future = self._calls.open()
+        self._post(Control(call_id, operation, arguments))
+        if self._dead is not None:  # it may have died between the check and the post
+            self._calls.fail_all(self._dead)
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            raise EngineDeadError(f"the engine loop did not answer within {timeout} s") from None
+
+    def shutdown(self) -> None:
+        if self._process is None or self._closing:
+            return
+        self._closing = True
+        if self._dead is None:
+            self._post(Stop())
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._commands.close(linger=0)
+        self._outputs.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)

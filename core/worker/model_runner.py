@@ -1,0 +1,132 @@
+"""`ModelRunner`: turns a `StepPlan` into a `StepResult` on one device.
+
+`forward` and `sample` are apart; between them only the rows that sample are given logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from interlace.interfaces.model import ForwardContext, LayerCache, Model
+from interlace.messages import StepPlan, StepResult, TokenLogprobs
+from interlace.sampling.sampler import Sampler
+from interlace.worker.batch import ForwardBatch
+from interlace.worker.persistent_batch import PersistentBatch
+
+PROMPT_LOGPROBS_ROWS = 256
+"""Prompt positions turned into logits at a time, which bounds memory at large vocabularies."""
+
+
+class ModelRunner:
+    """Runs steps in order. Used from one thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        layers: list[LayerCache],
+        batch: PersistentBatch,
+        sampler: Sampler,
+        now: Callable[[], float],
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._backends = {layer.group: layer.backend for layer in layers}
+        self._batch = batch
+        self._sampler = sampler
+        self._now = now
+        self._prompt_logprobs: set[int] = set()  # slots that asked
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. An exception means that the whole step failed; errors of single rows are in the result."""
+        started = self._now()
+        errors = self._apply(plan)
+        if not plan.slots:
+            return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
+        batch = self._batch.build(plan)
+        hidden = self.forward(batch)
+        prompt_logprobs = self._compute_prompt_logprobs(plan, batch, hidden) if self._prompt_logprobs else {}
+        self._batch.advance(plan)
+        counts, token_ids, logprobs = self.sample(plan, batch, hidden, errors)
+        return StepResult(
+            step_id=plan.step_id,
+            counts=counts,
+            token_ids=token_ids,
+            duration=self._now() - started,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            errors=errors,
+        )
+
+    def _apply(self, plan: StepPlan) -> dict[int, str]:
+        """Take in what changed since the last step. Returns rows whose request could not be taken in, with why."""
+        for slot in (*plan.finished, *plan.preempted):
+            self._sampler.remove(slot)
+            self._prompt_logprobs.discard(slot)
+        failed: dict[int, str] = {}  # slot → reason
+        for admission in plan.admitted:
+            self._batch.admit(admission)
+            if admission.params.prompt_logprobs is not None:
+                self._prompt_logprobs.add(admission.slot)
+            try:
+                self._sampler.add(admission.slot, admission)
+            except Exception as error:
+                failed[admission.slot] = f"{type(error).__name__}: {error}"
+        self._batch.append_blocks(plan)
+        return {row: failed[slot] for row, slot in enumerate(plan.slots) if slot in failed} if failed else {}
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [tokens, hidden] of the flattened batch."""
+        metadata: list[Any] = [self._backends[group].prepare(batch, group) for group in range(len(batch.block_tables))]
+        return self._model.forward(batch.token_ids, batch.positions, ForwardContext(self._layers, metadata)).hidden
+
+    def sample(
+        self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor, errors: dict[int, str]
+    ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
+        """Sample after the last token of each row that asks for it; fills `errors` for rows that cannot be.
+
+        Returns (tokens per row, token ids, logprobs by row)."""
+        counts = [0] * len(plan.slots)
+        rows = [row for row, wanted in enumerate(plan.sample) if wanted and row not in errors]
+        if not rows:
+            return counts, [], {}
+        last = [batch.query_start[row + 1] - 1 for row in rows]
+        if len(last) != batch.num_tokens:  # a pure decode step needs no gather
+            hidden = hidden[torch.tensor(last, device=hidden.device)]
+        logits = self._model.logits(hidden)  # [rows, vocab]
+        slots = [plan.slots[row] for row in rows]
+        histories: list[np.ndarray] = [self._batch.history(slot) for slot in slots]
+        sampled = self._sampler.sample(logits, slots, histories)
+        token_ids, logprobs = [], {}
+        for index, (row, slot, token) in enumerate(zip(rows, slots, sampled.token_ids, strict=True)):
+            if index in sampled.errors:
+                errors[row] = sampled.errors[index]
+                continue
+            counts[row] = 1
+            token_ids.append(token)
+            self._batch.append_token(slot, token)
+            if index in sampled.logprobs:
+                logprobs[row] = [sampled.logprobs[index]]
+        return counts, token_ids, logprobs
+
+    def _compute_prompt_logprobs(
+        self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor
+    ) -> dict[int, list[TokenLogprobs]]:
+        """For rows that asked: log probability of each prompt token that a token of this step predicts."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for row, slot in enumerate(plan.slots):
+            if slot not in self._prompt_logprobs:
+                continue
+            start = batch.context_lens[row]
+            end = min(batch.seq_lens[row], int(self._batch.num_prompt_tokens[slot]) - 1)
+            targets = self._batch.token_ids[slot, start + 1 : end + 1]
+            states = hidden[batch.query_start[row] :][: max(0, end - start)]
+            for first in range(0, len(states), PROMPT_LOGPROBS_ROWS):
+                part = slice(first, first + PROMPT_LOGPROBS_ROWS)
+                logits = self._model.logits(states[part])
+                found.setdefault(row, []).extend(self._sampler.prompt_logprobs(slot, logits, targets[part].tolist()))
+        return found

@@ -1,0 +1,88 @@
+"""`PersistentBatch`: what a worker keeps per slot between steps, so that plans only carry what changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from interlace.kv.specs import NULL_BLOCK, KVCacheConfig
+from interlace.messages import Admission, StepPlan
+from interlace.worker.batch import ForwardBatch
+
+
+class PersistentBatch:
+    """Token ids, computed counts and block tables of all slots, as arrays indexed by slot.
+
+    The batch of a step is gathered from them with a handful of array operations, however many rows it has.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, kv: KVCacheConfig, device: torch.device) -> None:
+        max_blocks = -(-max_model_len // kv.block_size)
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # known tokens per slot
+        self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)  # of those, with KV in the cache
+        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._tables = [np.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=np.int32) for _ in kv.groups]
+        self._num_blocks = [np.zeros(max_num_seqs, dtype=np.int64) for _ in kv.groups]
+        self._block_size = kv.block_size
+        self._device = device
+
+    def admit(self, admission: Admission) -> None:
+        """A request takes a slot; its blocks follow in the same plan."""
+        slot, count = admission.slot, len(admission.token_ids)
+        self.token_ids[slot, :count] = admission.token_ids
+        self.num_tokens[slot] = count
+        self.num_computed[slot] = admission.num_cached_tokens
+        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
+        for lengths in self._num_blocks:
+            lengths[slot] = 0
+
+    def append_blocks(self, plan: StepPlan) -> None:
+        """Extend block tables by the plan's new entries."""
+        for table, lengths, delta in zip(self._tables, self._num_blocks, plan.blocks, strict=True):
+            start = 0
+            for slot, count in zip(delta.slots, delta.counts, strict=True):
+                at = lengths[slot]
+                table[slot, at : at + count] = delta.block_ids[start : start + count]
+                lengths[slot] = at + count
+                start += count
+
+    def build(self, plan: StepPlan) -> ForwardBatch:
+        """Flatten the plan's rows into tensors."""
+        slots = np.asarray(plan.slots, dtype=np.int64)
+        query_lens = np.asarray(plan.num_tokens, dtype=np.int64)
+        context_lens = self.num_computed[slots]
+        ends = np.cumsum(query_lens)
+        row_of = np.repeat(np.arange(len(slots)), query_lens)  # [tokens]
+        positions = np.arange(ends[-1]) - np.repeat(ends - query_lens, query_lens) + context_lens[row_of]
+        slot_of = slots[row_of]
+        block_of, offset = positions // self._block_size, positions % self._block_size
+        width = -(-int((context_lens + query_lens).max()) // self._block_size)
+        return ForwardBatch(
+            token_ids=self._to_device(self.token_ids[slot_of, positions].astype(np.int64)),
+            positions=self._to_device(positions),
+            query_lens=plan.num_tokens,
+            context_lens=context_lens.tolist(),
+            block_tables=[self._to_device(table[slots, :width]) for table in self._tables],
+            slot_mappings=[
+                self._to_device(table[slot_of, block_of].astype(np.int64) * self._block_size + offset)
+                for table in self._tables
+            ],
+        )
+
+    def advance(self, plan: StepPlan) -> None:
+        """The plan's tokens are computed."""
+        self.num_computed[np.asarray(plan.slots, dtype=np.int64)] += np.asarray(plan.num_tokens, dtype=np.int64)
+
+    def append_token(self, slot: int, token: int) -> None:
+        """A token was sampled for a slot; the next step computes it."""
+        self.token_ids[slot, self.num_tokens[slot]] = token
+        self.num_tokens[slot] += 1
+
+    def history(self, slot: int) -> np.ndarray:
+        """All known tokens of a slot, prompt first: a view, [tokens] int32."""
+        return self.token_ids[slot, : self.num_tokens[slot]]
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,197 @@
+"""Choices a worker makes before it loads anything: attention backend, kernels, KV groups, number of blocks.
+
+The same functions serve `interlace config plan`, so what it prints is what a start does.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import torch
+
+from interlace.errors import CapacityError, PluginError
+from interlace.interfaces.attention import AttentionBackend, AttentionSpec
+from interlace.interfaces.executor import Selection
+from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
+from interlace.interfaces.model import BuildContext, Model, Parallel
+from interlace.kv.specs import KVCacheConfig, KVGroup, blocks_for, group_layers
+from interlace.spec import Component, ResolvedSpec
+from interlace.worker.memory import format_bytes, free_memory
+
+logger = logging.getLogger("interlace.worker")
+
+
+class AttentionPlan(msgspec.Struct, frozen=True):
+    """The attention side of a worker: one backend per KV group."""
+
+    specs: list[AttentionSpec]
+    """Per layer."""
+    groups: tuple[KVGroup, ...]
+    backends: list[AttentionBackend]
+    """Per group."""
+    selections: tuple[Selection, ...]
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a start will take, before it takes it."""
+
+    weights_bytes: int
+    kv_bytes: int
+    free_bytes: int
+    kv: KVCacheConfig
+    selections: tuple[Selection, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv.num_blocks
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that fit if every KV group were needed in full (windows need less)."""
+        return (self.kv.num_blocks - 1) // max(1, len(self.kv.groups)) * self.kv.block_size
+
+
+def _choose(kind: str, candidates: tuple[Component, ...], what: str, ask: Any) -> tuple[Component, Any, str]:
+    """The first candidate whose class gives no reason against; the reason names what the others said."""
+    against: list[str] = []
+    for component in candidates:
+        target = component.load()
+        reason = ask(target)
+        if reason is None:
+            why = component.reason if not against else f"{component.reason}; {'; '.join(against)}"
+            return component, target, why
+        against.append(f"not {component.name}: {reason}")
+    raise PluginError(f"no {kind} provider can serve {what}: {'; '.join(against)}. Set {kind}.use to another one.")
+
+
+def plan_attention(spec: ResolvedSpec, model: type[Model], tensor_parallel: int = 1) -> AttentionPlan:
+    """Group the layers and choose a backend for each group. Raises `PluginError` if none supports it."""
+    specs = model.attention_specs(spec.model_config, tensor_parallel)
+    groups = group_layers([layer.kv_key for layer in specs])
+    backends: list[AttentionBackend] = []
+    selections: dict[Selection, None] = {}
+    block_size = spec.cache.block_size
+    for group in groups:
+        layer = specs[group.layers[0]]
+        component, target, why = _choose(
+            "attention",
+            spec.attention,
+            f"{layer.kind} attention of head size {layer.head_size}",
+            lambda target, layer=layer: target.supports(layer, block_size, spec.dtype, spec.device),
+        )
+        options = component.load_options(target)
+        backends.append(target(options, layer, block_size, spec.dtype, spec.device))
+        selections[Selection("attention", component.name, why)] = None
+    return AttentionPlan(specs, groups, backends, tuple(selections))
+
+
+class ResolvedKernels(Kernels):
+    """Each op bound to the provider that won it; the reference of the base class where none did."""
+
+    def __init__(self, spec: KernelSpec, ops: dict[str, Any]) -> None:
+        super().__init__(Kernels.Options(), spec)
+        self.__dict__.update(ops)
+
+
+def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:
+    """Resolve every op: the first candidate that has its own and supports it, else the reference."""
+    kernel_spec = KernelSpec(spec.dtype, spec.device, spec.weights, spec.deterministic)
+    providers = []
+    for component in spec.kernels:
+        target = component.load()
+        providers.append((component, target, target(component.load_options(target), kernel_spec)))
+    ops: dict[str, Any] = {}
+    won: dict[str, list[str]] = {}
+    against: dict[str, None] = {}
+    for op in OPS:
+        for component, target, provider in providers:
+            if getattr(target, op) is getattr(Kernels, op):
+                continue
+            reason = target.supports(op, kernel_spec)
+            if reason is None and spec.deterministic and op not in target.batch_invariant:
+                reason = "not batch-invariant, and deterministic is set"
+            if reason is None:
+                ops[op] = getattr(provider, op)
+                won.setdefault(component.name, []).append(op)
+                break
+            against[f"not {component.name} for {op}: {reason}"] = None
+    if kernel_spec.weights not in ("auto", "float32", "bf16") and "make_linear" not in ops:
+        raise PluginError(
+            f"weights = '{spec.weights}' is not supported by the kernels at hand ({'; '.join(against)}); "
+            "allowed here: auto, bf16, float32"
+        )
+    reference = [op for op in OPS if op not in ops]
+    selections = [Selection("kernels", name, ", ".join(names)) for name, names in won.items()]
+    if reference:
+        why = "".join(f"; {reason}" for reason in against)
+        selections.append(Selection("kernels", "reference", ", ".join(reference) + why))
+    return ResolvedKernels(kernel_spec, ops), tuple(selections)
+
+
+def build_context(spec: ResolvedSpec, kernels: Kernels, device: str, parallel: Parallel | None = None) -> BuildContext:
+    """What the model is built with on `device` (`meta`: shapes only)."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return BuildContext(kernels, parallel or Parallel(), dtype, torch.device(device), spec.max_model_len)
+
+
+def size_cache(spec: ResolvedSpec, attention: AttentionPlan, free_bytes: int) -> KVCacheConfig:
+    """How many blocks fit the memory budget. Raises `CapacityError` stating needed, available and the key."""
+    layouts = [backend.cache_layout(2) for backend in attention.backends]
+    tensors = max((len(group.layers) for group in attention.groups), default=0)
+    bytes_per_block = tensors * max((layout.nbytes for layout in layouts), default=0) // 2
+    budget = spec.cache.memory_bytes
+    if budget is None:
+        budget = int(free_bytes * spec.cache.memory_share)
+    elif budget > free_bytes:
+        raise CapacityError(
+            f"cache.memory asks for {format_bytes(budget)}, but only {format_bytes(free_bytes)} are free on "
+            f"{spec.device}; lower cache.memory"
+        )
+    num_groups = max(1, len(attention.groups))
+    block_size = spec.cache.block_size
+    largest = blocks_for(spec.max_model_len, block_size) * num_groups
+    most = 1 + largest * spec.limits.max_num_seqs  # more could never be used
+    num_blocks = min(budget // bytes_per_block, most, spec.cache.max_blocks or most)
+    least = 1 + num_groups
+    if num_blocks < least:
+        raise CapacityError(
+            f"the KV cache needs at least {format_bytes(least * bytes_per_block)} ({least} blocks of "
+            f"{format_bytes(bytes_per_block)}), available are {format_bytes(budget)}; raise cache.memory"
+        )
+    if num_blocks - 1 < largest:
+        longest = (num_blocks - 1) // num_groups * block_size
+        logger.warning(
+            "the KV cache holds %d tokens, less than max_model_len = %d: a longer request ends with a kv_capacity "
+            "error; raise cache.memory (now %s) or lower max_model_len",
+            longest,
+            spec.max_model_len,
+            format_bytes(budget),
+        )
+    return KVCacheConfig(
+        block_size=block_size, num_blocks=num_blocks, groups=attention.groups, bytes_per_block=bytes_per_block
+    )
+
+
+def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
+    """Everything a start would choose and take, without reading a weight or allocating a block."""
+    model_class = spec.architecture.load()
+    attention = plan_attention(spec, model_class)
+    kernels, kernel_selections = plan_kernels(spec)
+    weights = weight_bytes(model_class, spec, kernels)
+    free = free_memory(spec.device)
+    kv = size_cache(spec, attention, max(0, free - weights))
+    return MemoryPlan(
+        weights_bytes=weights,
+        kv_bytes=kv.num_blocks * kv.bytes_per_block,
+        free_bytes=free,
+        kv=kv,
+        selections=attention.selections + kernel_selections,
+    )
+
+
+def weight_bytes(model_class: type[Model], spec: ResolvedSpec, kernels: Kernels) -> int:
+    """Size of the weights in the compute type, from a model without storage."""
+    model: Any = model_class(spec.model_config, build_context(spec, kernels, "meta"))
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

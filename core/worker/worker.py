@@ -1,0 +1,99 @@
+"""`Worker`: one rank. Loads the model, allocates the KV cache, and runs steps; every executor is made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interlace.clock import Clock, MonotonicClock
+from interlace.interfaces.checkpoint import Checkpoint
+from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
+from interlace.interfaces.model import LayerCache, Model
+from interlace.kv.specs import KVCacheConfig
+from interlace.messages import StepPlan, StepResult
+from interlace.sampling.sampler import Sampler
+from interlace.spec import ResolvedSpec
+from interlace.worker.memory import free_memory
+from interlace.worker.model_runner import ModelRunner
+from interlace.worker.persistent_batch import PersistentBatch
+from interlace.worker.sizing import AttentionPlan, build_context, plan_attention, plan_kernels, size_cache, weight_bytes
+
+OnEvent = Callable[[ExecutorEvent], None]
+
+
+class Worker:
+    """One rank on one device. `start` once, then `execute` in order, from one thread."""
+
+    def __init__(self, spec: ResolvedSpec, on_event: OnEvent, clock: Clock | None = None) -> None:
+        self._spec = spec
+        self._on_event = on_event
+        self._clock = clock or MonotonicClock()
+        self._runner: ModelRunner | None = None
+
+    def start(self) -> ExecutorInfo:
+        """Choose, load, allocate. Raises with the true cause."""
+        spec, now = self._spec, self._clock.now
+        began = now()
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        model_class: type[Model] = spec.architecture.load()
+        attention = plan_attention(spec, model_class)
+        kernels, kernel_selections = plan_kernels(spec)
+        # Sized before loading, so that an impossible cache is an error in a second and not after the weights.
+        needed = weight_bytes(model_class, spec, kernels)
+        kv = size_cache(spec, attention, max(0, free_memory(spec.device) - needed))
+        imported = now()
+        model = model_class(spec.model_config, build_context(spec, kernels, spec.device))
+        checkpoint_class = spec.checkpoint.load()
+        checkpoint: Checkpoint = checkpoint_class(spec.checkpoint.load_options(checkpoint_class), Path(spec.model_path))
+        model.load_weights(self._with_progress(checkpoint))
+        loaded = now()
+        layers = self._allocate(kv, attention)
+        device = torch.device(spec.device)
+        batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
+        sampler = Sampler(spec.model_config.vocab_size, self._load_processors())
+        self._runner = ModelRunner(model, layers, batch, sampler, now)
+        return ExecutorInfo(
+            kv=kv,
+            selections=attention.selections + kernel_selections,
+            timings={"import": imported - began, "weights": loaded - imported, "cache": now() - loaded},
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step; see `ModelRunner.execute`."""
+        if self._runner is None:
+            raise RuntimeError("the worker was not started, or was shut down")
+        return self._runner.execute(plan)
+
+    def shutdown(self) -> None:
+        """Drop model and cache."""
+        self._runner = None
+
+    def _allocate(self, kv: KVCacheConfig, attention: AttentionPlan) -> list[LayerCache]:
+        """One cache tensor per place in a group; layers of different groups share tensors, never blocks."""
+        caches: list[torch.Tensor] = []
+        for index in range(kv.num_tensors):
+            backend = next(b for b, g in zip(attention.backends, kv.groups, strict=True) if index < len(g.layers))
+            layout = backend.cache_layout(kv.num_blocks)
+            caches.append(torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=self._spec.device))
+        layers: dict[int, LayerCache] = {}
+        for number, (backend, group) in enumerate(zip(attention.backends, kv.groups, strict=True)):
+            for index, layer in enumerate(group.layers):
+                layers[layer] = LayerCache(backend, caches[index], number)
+        return [layers[layer] for layer in sorted(layers)]
+
+    def _with_progress(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+        total = checkpoint.num_weights()
+        for done, pair in enumerate(checkpoint.weights(), start=1):
+            yield pair
+            self._on_event(ExecutorEvent("progress", "loading weights", {"done": done, "total": total}))
+
+    def _load_processors(self) -> dict[str, Any]:
+        processors = {}
+        for component in self._spec.logits_processors:
+            target = component.load()
+            processors[component.name] = target(component.load_options(target), self._spec.model_config.vocab_size)
+        return processors
