@@ -1,0 +1,181 @@
+"""From `StepOutput` to what users see: text, stop strings, log probabilities, usage, times.
+
+Work per step is proportional to the requests with news in it.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+
+from interlace.engine.detokenizer import Detokenizer
+from interlace.engine.input_processor import PreparedRequest
+from interlace.engine.output_state import ActiveRequest, Sample, Sink
+from interlace.errors import EngineDeadError, InvalidRequestError
+from interlace.messages import RequestOutput, RequestSummary, StepOutput
+from interlace.tokenizer import Tokenizer
+
+
+class Processed(msgspec.Struct):
+    """What a step means for the front."""
+
+    aborts: list[str]
+    """Engine requests that ended here (a stop string) while the engine still runs them."""
+    news: dict[Sink, list[ActiveRequest]]
+    """Per sink: streaming requests with anything new, and all that finished."""
+    summaries: list[RequestSummary]
+    """Requests the engine has let go of."""
+
+
+class OutputProcessor:
+    """Keeps the state of all active requests. Thread-safe: engine output comes from one thread, takers from others.
+
+    A request stays registered until the engine has reported the end of all its samples, so that its id cannot be used
+    again too early, and tokens that were under way when a stop string was found are recognised and dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._lock = threading.Lock()
+        self._requests: dict[str, ActiveRequest] = {}
+        self._samples: dict[str, tuple[ActiveRequest, Sample]] = {}
+        self._failure: EngineDeadError | None = None
+
+    @property
+    def num_active(self) -> int:
+        return len(self._requests)
+
+    def add(self, prepared: PreparedRequest, sink: Sink, streaming: bool) -> ActiveRequest:
+        """Register before the engine hears of the request. Raises `InvalidRequestError` when the id is taken and
+        `EngineDeadError` when the engine is gone."""
+        request = ActiveRequest(prepared, self._detokenizer, sink, streaming)
+        with self._lock:
+            if self._failure is not None:
+                raise dead_again(self._failure)
+            taken = next((s.engine_id for s in request.samples if s.engine_id in self._samples), None)
+            if taken is not None or prepared.id in self._requests:
+                raise InvalidRequestError(f"request id '{taken or prepared.id}' is in use: ids must be unique")
+            self._requests[request.id] = request
+            for sample in request.samples:
+                self._samples[sample.engine_id] = (request, sample)
+        return request
+
+    def discard(self, request: ActiveRequest) -> None:
+        """Forget a request that never reached the engine."""
+        with self._lock:
+            self._forget(request)
+
+    def process(self, step: StepOutput) -> Processed:
+        """Take in one step."""
+        done = Processed([], {}, [])
+        with self._lock:
+            touched: dict[ActiveRequest, None] = {}
+            self._note_admissions(step)
+            self._append_tokens(step, touched, done)
+            for engine_id, info in step.finished.items():
+                found = self._samples.get(engine_id)
+                if found is None:
+                    continue
+                request, sample = found
+                if sample.finish_reason is None:
+                    touched[request] = None
+                sample.finish(info)
+                request.note_finish(info)
+                if request.released:
+                    touched.setdefault(request)
+            for request in touched:
+                self._close(request, step.now, done)
+        return done
+
+    def _note_admissions(self, step: StepOutput) -> None:
+        for engine_id, when in step.first_scheduled.items():
+            if (found := self._samples.get(engine_id)) and found[0].metrics.first_scheduled_time is None:
+                found[0].metrics.first_scheduled_time = when
+        for engine_id, count in step.cached_tokens.items():
+            # Later siblings find the prompt of the first in the cache; what the user saved is the first one's.
+            if (found := self._samples.get(engine_id)) and found[0].cached_tokens is None:
+                found[0].cached_tokens = count
+        for engine_id, entries in step.prompt_logprobs.items():
+            if found := self._samples.get(engine_id):
+                found[0].add_prompt_logprobs(entries)
+
+    def _append_tokens(self, step: StepOutput, touched: dict[ActiveRequest, None], done: Processed) -> None:
+        end = 0
+        for engine_id, count in zip(step.request_ids, step.counts, strict=True):
+            start, end = end, end + count
+            found = self._samples.get(engine_id)
+            if found is None or not count:
+                continue
+            request, sample = found
+            if sample.finish_reason is not None:
+                continue
+            info = step.finished.get(engine_id)
+            stopped = sample.append(step.token_ids[start:end], step.logprobs.get(engine_id), info)
+            request.note_tokens(step.now)
+            touched[request] = None
+            if stopped and info is None:
+                done.aborts.append(engine_id)
+
+    def _close(self, request: ActiveRequest, now: float, done: Processed) -> None:
+        """Pass on the news of a touched request, and let it go once the engine has."""
+        ended_now = request.finished and request.metrics.finished_time is None
+        if ended_now:
+            request.metrics.finished_time = now
+        if ended_now or (request.streaming and any(sample.has_news for sample in request.samples)):
+            done.news.setdefault(request.sink, []).append(request)
+        if request.released:
+            done.summaries.append(request.summary())
+            self._forget(request)
+
+    def _forget(self, request: ActiveRequest) -> None:
+        self._requests.pop(request.id, None)
+        for sample in request.samples:
+            self._samples.pop(sample.engine_id, None)
+
+    def take(self, request: ActiveRequest) -> RequestOutput | None:
+        """The delta since the last call, or None. Raises `EngineDeadError` if the engine died under the request."""
+        with self._lock:
+            if request.failure is not None and not request.finished:
+                raise dead_again(request.failure)
+            return request.take()
+
+    def whole(self, request: ActiveRequest) -> RequestOutput:
+        """Everything so far. Raises `EngineDeadError` if the engine died under the request."""
+        with self._lock:
+            if request.failure is not None and not request.finished:
+                raise dead_again(request.failure)
+            return request.whole()
+
+    def abort(self, request: ActiveRequest, now: float) -> list[str]:
+        """End a request for its user, now; returns the ids to abort in the engine. No news is delivered."""
+        with self._lock:
+            running = [sample for sample in request.samples if not sample.released]
+            for sample in running:
+                sample.abort()
+            if request.metrics.finished_time is None:
+                request.metrics.finished_time = now
+            return [sample.engine_id for sample in running]
+
+    def find(self, request_id: str) -> ActiveRequest | None:
+        with self._lock:
+            return self._requests.get(request_id)
+
+    def fail(self, error: EngineDeadError) -> dict[Sink, list[ActiveRequest]]:
+        """The engine is gone: every active request fails with `error`. Returns the news."""
+        news: dict[Sink, list[ActiveRequest]] = {}
+        with self._lock:
+            self._failure = self._failure or error
+            for request in self._requests.values():
+                request.failure = error
+                news.setdefault(request.sink, []).append(request)
+            self._requests.clear()
+            self._samples.clear()
+        return news
+
+
+def dead_again(error: EngineDeadError) -> EngineDeadError:
+    """A fresh error with the same text and cause: one instance raised in several threads would mix their traces."""
+    fresh = EngineDeadError(*error.args)
+    fresh.__cause__ = error.__cause__
+    return fresh
