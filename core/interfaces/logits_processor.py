@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 
@@ -23,8 +25,8 @@ class LogitsRow(NamedTuple):
     """Row in `logits`."""
     slot: int
     """The request, as given to `add`."""
-    output_token_ids: Sequence[int]
-    """Tokens generated so far (drafts before this position included)."""
+    output_token_ids: npt.NDArray[np.int32]
+    """Tokens generated so far (drafts before this position included): a read-only view, valid during `apply`."""
 
 
 class LogitsProcessor(ABC):
@@ -47,7 +49,7 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def add(self, slot: int, args: Any, prompt_token_ids: Sequence[int]) -> None:
-        """A request that names this processor took `slot`; `args` is a validated `Args`."""
+        """A request that names this processor took `slot`; `args` is a validated `Args`. Raising fails the request."""
 
     @abstractmethod
     def remove(self, slot: int) -> None:
@@ -55,4 +57,7 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def apply(self, logits: torch.Tensor, rows: Sequence[LogitsRow]) -> None:
-        """Change `logits` [rows, vocab] float32 in place, at the given rows only."""
+        """Change `logits` [rows, vocab] float32 in place, at the given rows only.
+
+        A row's result may depend on that row and its request only. Raising fails the requests of the given rows.
+        """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+
 from interlace.errors import InvalidRequestError, did_you_mean
 
 MAX_N = 128
@@ -88,6 +89,7 @@ def _normalise(params: SamplingParams) -> None:
         force(params, name, tuple(value))
     if params.allowed_token_ids is not None:
         force(params, "allowed_token_ids", tuple(params.allowed_token_ids))
+    force(params, "bad_words_token_ids", tuple(tuple(word) for word in params.bad_words_token_ids))
 
 
 def _bad(name: str, value: object, allowed: str) -> InvalidRequestError:
@@ -141,6 +143,10 @@ def _validate(params: SamplingParams) -> None:
         raise _bad("stop", list(stop), "empty when detokenize is False: stop strings need text")
     if not all(isinstance(word, str) and word for word in params.bad_words or ()):
         raise _bad("bad_words", params.bad_words, "a list of non-empty strings")
+    for sequence in params.bad_words_token_ids:
+        if not sequence:
+            raise _bad("bad_words_token_ids", params.bad_words_token_ids, "a list of non-empty token sequences")
+        _token_ids("bad_words_token_ids", sequence)
     _token_ids("stop_token_ids", params.stop_token_ids or ())
     for token, value in (params.logit_bias or {}).items():
         if not isinstance(value, (int, float)) or not -100 <= value <= 100:

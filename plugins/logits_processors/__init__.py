@@ -1,4 +1,4 @@
-"""Built-in logits_processors."""
+"""Built-in logits processors."""
 
 from __future__ import annotations
 
@@ -9,4 +9,8 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_logits_processors() -> Iterable[Provider]:
-    return ()
+    yield Provider(
+        name="no_repeat_ngram",
+        target="interlace.plugins.logits_processors.no_repeat_ngram:NoRepeatNGram",
+        summary="no sequence of `size` tokens occurs twice in prompt and output",
+    )
