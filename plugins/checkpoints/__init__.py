@@ -9,4 +9,22 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_checkpoints() -> Iterable[Provider]:
-    return ()
+    """`safetensors`, `gguf` and `dummy`."""
+    package = "interlace.plugins.checkpoints"
+    return (
+        Provider(
+            name="safetensors",
+            target=f"{package}.safetensors:SafetensorsCheckpoint",
+            summary="Hugging Face directory: config.json, tokenizer files, .safetensors weights or shards",
+        ),
+        Provider(
+            name="gguf",
+            target=f"{package}.gguf:GgufCheckpoint",
+            summary="GGUF file or shards, with configuration, tokenizer and quantised weights in it",
+        ),
+        Provider(
+            name="dummy",
+            target=f"{package}.dummy:DummyCheckpoint",
+            summary="random weights for a config.json; only when selected by name",
+        ),
+    )

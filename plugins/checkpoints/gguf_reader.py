@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
 from interlace.errors import CheckpointError
 
 if TYPE_CHECKING:
