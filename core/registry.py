@@ -124,8 +124,7 @@ class Registry:
         contract = CONTRACTS[self.kind]
         offered = sorted(f"{offer.name} ({offer.origin.label})" for offer in self._offers)
         parts = [
-            f"no {contract.noun} is called '{name}'{f' ({where})' if where else ''}."
-            + did_you_mean(name, self.names()),
+            f"no {contract.noun} is called '{name}'{f' ({where})' if where else ''}.{did_you_mean(name, self.names())}",
             f"Installed {self.kind}: {', '.join(offered) or 'none'}.",
         ]
         if self._failures:

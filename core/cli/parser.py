@@ -1,0 +1,82 @@
+"""An argument parser with errors of our kind: one message, the nearest match, no usage dump."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from interlace.errors import InterlaceError, nearest
+
+EPILOG = (
+    "Every setting is a flag of every command, by its dotted path: --model smollm2, --scheduler.use priority, "
+    "--scheduler.options.priority.aging_s 30. `interlace config` lists them with their values and sources, "
+    "`interlace config explain KEY` tells what one means."
+)
+
+
+class UsageError(InterlaceError):
+    """The command line is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Never abbreviates flags; every parser knows the flags that all commands share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.flags: list[str] = []
+        kwargs.setdefault("epilog", EPILOG)
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+        # Taken off the command line before parsing (`split_settings`); declared here for the help text.
+        self.add_argument("--config", metavar="FILE", help="settings file, TOML or YAML by its suffix")
+        self.add_argument("--debug", action="store_true", help="print a full traceback when something fails")
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """As argparse; remembers the flag for suggestions."""
+        self.flags.extend(arg for arg in args if isinstance(arg, str) and arg.startswith("--"))
+        return super().add_argument(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse; raises `UsageError` on anything unknown, with the nearest flag."""
+        chain = self._chain(arguments)
+        flags = ["--help", *(flag for parser in chain for flag in parser.flags)]
+        for word in arguments[: arguments.index("--")] if "--" in arguments else arguments:
+            # Judged before argparse, which would take the value of an unknown flag for a command.
+            if word.startswith("--") and word.partition("=")[0] not in flags:
+                raise _unknown_flag(word.partition("=")[0], flags, chain[-1].prog)
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"unexpected argument '{unknown[0]}'. See {chain[-1].prog} --help")
+        return args
+
+    def print_help_of(self, arguments: list[str]) -> None:
+        """Print the help of the innermost command named in `arguments`."""
+        self._chain(arguments)[-1].print_help()
+
+    def _chain(self, arguments: list[str]) -> list[Parser]:
+        """This parser and those of the commands named in `arguments`, outermost first."""
+        chain = [self]
+        for word in arguments:
+            inner = chain[-1]._subparsers_by_name().get(word)
+            if inner is not None:
+                chain.append(inner)
+        return chain
+
+    def _subparsers_by_name(self) -> dict[str, Parser]:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return dict(action.choices)
+        return {}
+
+
+def _unknown_flag(name: str, flags: list[str], prog: str) -> UsageError:
+    from interlace.config import all_settings, nearest_key
+
+    found = nearest(name, flags)
+    if found is None:
+        key = nearest_key(name.removeprefix("--").replace("-", "_"), [setting.key for setting in all_settings()])
+        found = key and f"--{key}"
+    hint = f" Did you mean '{found}'?" if found else ""
+    return UsageError(f"unknown flag '{name}'.{hint} See {prog} --help")

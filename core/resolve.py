@@ -1,0 +1,223 @@
+"""`resolve`: from settings and plugins to a `ResolvedSpec`, which the engine core and its workers follow.
+
+Nothing heavy is imported: on a machine without a GPU, resolving needs no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from interlace.config import LoadedSettings, Settings, parse_memory
+from interlace.contracts import CONTRACTS
+from interlace.errors import CheckpointError, ConfigError, PluginError, PluginImportError, PluginNotFoundError
+from interlace.options import check_options, validate_options
+from interlace.registry import Offer, Registry
+from interlace.spec import CacheSpec, Component, ResolvedSpec, SchedulerLimits
+
+if TYPE_CHECKING:
+    from interlace.interfaces.checkpoint import Checkpoint
+    from interlace.model_config import ModelConfig
+    from interlace.plugin_manager import PluginManager
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_MODEL_LEN = 8192
+"""Cap of `max_model_len` where it is not set: one request of that length fits a modest KV cache."""
+
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+
+
+def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
+    """Choose every component, read the model's configuration, settle what was `auto`.
+
+    Raises the plugin errors, `ConfigError`, `ModelNotFoundError` or `CheckpointError`; imports no model code."""
+    from interlace.catalog import resolve_model
+
+    settings = loaded.settings
+    selected = select_components(loaded, plugins)
+    found = resolve_model(settings.model)
+    checkpoint = _choose_checkpoint(loaded, plugins.registry("checkpoints"), Path(found.path))
+    config = _open(checkpoint, Path(found.path)).config()
+    where = f"the architecture of model '{settings.model}', {found.path}"
+    architecture = plugins.registry("models").get(config.architecture, where)
+    device = resolve_device(settings.device)
+    spec = ResolvedSpec(
+        model=settings.model,
+        model_path=str(found.path),
+        model_config=config,
+        checkpoint=checkpoint,
+        architecture=architecture.component(reason=f"architecture {config.architecture}"),
+        scheduler=selected["schedulers"][0],
+        executor=selected["executors"][0],
+        attention=selected["attention"],
+        kernels=selected["kernels"],
+        logits_processors=selected["logits_processors"],
+        limits=_limits(settings),
+        cache=_cache(settings),
+        dtype=resolve_dtype(settings.dtype, device),
+        weights=settings.weights,
+        max_model_len=_max_model_len(loaded, config),
+        device=device,
+        threads=settings.threads,
+        seed=settings.seed,
+        deterministic=settings.deterministic,
+    )
+    if settings.engine.process == "subprocess":
+        check_portable(spec)
+    return spec
+
+
+def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[str, tuple[Component, ...]]:
+    """Kind → what the settings select, for the kinds that do not depend on the model; all given options checked."""
+    for kind, contract in CONTRACTS.items():
+        if contract.section:
+            check_options(loaded, plugins.registry(kind))
+    chosen: dict[str, tuple[Component, ...]] = {}
+    for kind in ("schedulers", "executors", "attention", "kernels", "logits_processors"):
+        registry = plugins.registry(kind)
+        section = getattr(loaded.settings, CONTRACTS[kind].section)
+        key = f"{CONTRACTS[kind].section}.use"
+        if section.use == "auto":
+            chosen[kind] = tuple(_auto(loaded, registry, section.auto_order))
+            continue
+        names = section.use if isinstance(section.use, list) else [section.use]
+        reason = f"{key}, {loaded.source(key)}"
+        chosen[kind] = tuple(_component(loaded, registry.get(name, reason), name, reason) for name in names)
+    return chosen
+
+
+def open_checkpoint(spec: ResolvedSpec) -> Checkpoint:
+    """The checkpoint of a resolved model, for its tokenizer (in the front) or its weights (in a worker)."""
+    return _open(spec.checkpoint, Path(spec.model_path))
+
+
+def check_portable(spec: ResolvedSpec) -> None:
+    """Raise `PluginImportError` if a component lives in `__main__` and thus cannot be imported by a subprocess."""
+    parts = (spec.checkpoint, spec.architecture, spec.scheduler, spec.executor)
+    for part in (*parts, *spec.attention, *spec.kernels, *spec.logits_processors):
+        if part.target.startswith("__main__:"):
+            raise PluginImportError(
+                f"{part.owner} is the class '{part.target}': a class defined in __main__ exists in that process only. "
+                "Move it into a module that can be imported, or set engine.process = 'inline'"
+            )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` settled. torch is imported only where there are signs of a GPU, or one is asked for."""
+    if device == "cpu" or (device == "auto" and not any(Path(file).exists() for file in _GPU_FILES)):
+        return "cpu"
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise ConfigError(f"device = '{device}': torch {torch.__version__} sees {count} CUDA devices here")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """`auto` settled: bfloat16 on a GPU and on CPUs that multiply it natively, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device != "cpu":
+        return "bfloat16"
+    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    return "bfloat16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else "float32"
+
+
+def model_limit(config: ModelConfig) -> int:
+    """Most tokens the model is made for: its positions, stretched where rope scaling states the original length."""
+    original = config.rope.get("original_max_position_embeddings")
+    if config.rope.get("rope_type") in ("linear", "dynamic", "yarn") and original:
+        return max(config.max_position_embeddings, int(original * config.rope.get("factor", 1.0)))
+    return config.max_position_embeddings
+
+
+def _max_model_len(loaded: LoadedSettings, config: ModelConfig) -> int:
+    limit = model_limit(config)
+    wanted = loaded.settings.max_model_len
+    if wanted is None:
+        return min(limit, DEFAULT_MAX_MODEL_LEN)
+    if wanted > limit:
+        raise ConfigError(
+            f"max_model_len = {wanted} ({loaded.source('max_model_len')}): model '{loaded.settings.model}' is made for "
+            f"at most {limit} tokens. Allowed: 1 to {limit}"
+        )
+    return wanted
+
+
+def _auto(loaded: LoadedSettings, registry: Registry, order: list[str]) -> Iterator[Component]:
+    """What `auto` asks, in order, without names that are not installed."""
+    section = CONTRACTS[registry.kind].section
+    installed = [name for name in order if name in registry]
+    if not installed:
+        raise PluginNotFoundError(
+            f"{section}.use = 'auto', but nothing of {section}.auto_order = {order} is installed. Installed "
+            f"{registry.kind}: {', '.join(registry.names()) or 'none'}"
+        )
+    for place, name in enumerate(installed, start=1):
+        offer = registry.get(name, f"{section}.auto_order")
+        yield _component(loaded, offer, name, f"auto, choice {place} of {len(installed)}")
+
+
+def _component(loaded: LoadedSettings, offer: Offer, given_name: str, reason: str) -> Component:
+    if CONTRACTS[offer.kind].light:
+        offer.load()
+    return offer.component(validate_options(loaded, offer, given_name), reason)
+
+
+def _choose_checkpoint(loaded: LoadedSettings, registry: Registry, path: Path) -> Component:
+    use = loaded.settings.checkpoint.use
+    if use != "auto":
+        reason = f"checkpoint.use, {loaded.source('checkpoint.use')}"
+        return _component(loaded, registry.get(use, reason), use, reason)
+    # Built-in formats first: installing a package must not change how a known format is read.
+    offers = sorted(registry, key=lambda offer: offer.origin.package != "interlace")
+    for offer in offers:
+        try:
+            matches = offer.load().matches(path)
+        except PluginError as error:
+            logger.warning("%s is passed over: %s", offer.component().owner, error)
+            continue
+        if matches:
+            return _component(loaded, offer, offer.name, f"recognises {path.name}")
+    formats = ", ".join(offer.name for offer in offers) or "none"
+    raise CheckpointError(
+        f"{path}: no checkpoint format recognises it. Installed formats: {formats}. A model is a directory with "
+        "config.json and safetensors files, or a GGUF file; checkpoint.use names the format outright"
+    )
+
+
+def _open(component: Component, path: Path) -> Checkpoint:
+    target = component.load()
+    opened: Checkpoint = target(component.load_options(target), path)
+    return opened
+
+
+def _limits(settings: Settings) -> SchedulerLimits:
+    scheduler = settings.scheduler
+    return SchedulerLimits(
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_seqs=scheduler.max_num_seqs,
+        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+        watermark=scheduler.watermark,
+        reserve_full_prompt=scheduler.reserve_full_prompt,
+        starvation_timeout_s=scheduler.starvation_timeout_s,
+    )
+
+
+def _cache(settings: Settings) -> CacheSpec:
+    memory = parse_memory(settings.cache.memory)
+    return CacheSpec(
+        block_size=settings.cache.block_size,
+        prefix_caching=settings.cache.prefix_caching,
+        memory_bytes=memory if isinstance(memory, int) else None,
+        memory_share=memory if isinstance(memory, float) else CacheSpec().memory_share,
+        max_blocks=settings.cache.max_blocks,
+    )
