@@ -29,6 +29,11 @@ class KernelSpec(msgspec.Struct, frozen=True):
     """How linear weights are kept: auto (= dtype), as-shipped, bf16, int8, float32."""
     deterministic: bool = False
 
+    @property
+    def weight_dtype(self) -> str:
+        """The torch dtype linear weights are kept in, for the plain ways of keeping them (auto, bf16, float32)."""
+        return {"bf16": "bfloat16", "float32": "float32"}.get(self.weights, self.dtype)
+
 
 class Kernels:
     """Fused ops. Methods may be called from one thread per instance and must not keep their arguments."""
@@ -47,8 +52,16 @@ class Kernels:
 
     @classmethod
     def supports(cls, op: str, spec: KernelSpec) -> str | None:
-        """None if the provider's own `op` can run under `spec`, else the reason against, as a clause."""
+        """None if the provider's own `op` can run under `spec`, else the reason against, as a clause.
+
+        This default is the reference's answer: it keeps weights in a plain floating type only."""
+        if op == "make_linear" and spec.weights not in ("auto", "bf16", "float32"):
+            return f"keeps linear weights as auto, bf16 or float32, not as '{spec.weights}'"
         return None
+
+    def describe(self, op: str) -> str:
+        """How this instance runs `op`, in a few words, for the start-up log; may be empty."""
+        return ""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
         """x / rms(x) * weight over the last dimension, computed in float32; `unit_offset`: weight + 1 (Gemma)."""
@@ -106,10 +119,14 @@ class Kernels:
     def make_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Prepare `weight` [out, in] once and return x [tokens, in] -> [tokens, out].
+        """Prepare `weight` [out, in] once and return x [tokens, in] -> [tokens, out] in the type of x.
 
-        Called once per linear after loading; the caller drops its own reference to `weight`, so a provider may keep
-        any packed form instead."""
+        Called once per linear while loading. `weight` and `bias` come on the right device, in the type they were
+        shipped in; the provider converts them to what `spec.weights` asks for. Products run in the type of the kept
+        weights: with float32 compute and bf16 weights, x is rounded to bf16 first. The caller drops its own reference
+        to `weight`, so a provider may keep any packed form instead."""
         import torch
 
-        return lambda x: torch.nn.functional.linear(x, weight, bias)
+        dtype: torch.dtype = getattr(torch, self.spec.weight_dtype)
+        kept, kept_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x: torch.nn.functional.linear(x.to(dtype), kept, kept_bias).to(x.dtype)

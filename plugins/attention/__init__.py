@@ -1,4 +1,4 @@
-"""Built-in attention."""
+"""Built-in attention backends."""
 
 from __future__ import annotations
 
@@ -9,4 +9,8 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_attention() -> Iterable[Provider]:
-    return ()
+    yield Provider(
+        name="torch",
+        target="interlace.plugins.attention.torch:TorchAttention",
+        summary="readable reference: any device, windows, soft cap",
+    )

@@ -9,4 +9,8 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_kernels() -> Iterable[Provider]:
-    return ()
+    yield Provider(
+        name="torch",
+        target="interlace.plugins.kernels.torch:TorchKernels",
+        summary="plain torch on any device; prepacked oneDNN linears on CPU",
+    )

@@ -1,0 +1,123 @@
+"""The frame every decoder-only model shares, and the layer most of them are made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+
+from interlace.interfaces.attention import AttentionSpec
+from interlace.interfaces.model import BuildContext, ForwardContext, Model, ModelOutput
+from interlace.layers.attention import Attention
+from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from interlace.layers.mlp import GatedMLP
+from interlace.layers.norm import RMSNorm
+from interlace.layers.rotary import RotaryEmbedding
+from interlace.layers.weights import WeightTable
+from interlace.model_config import ModelConfig
+
+
+class DecoderLayer(ABC):
+    """One layer of the residual stream.
+
+    A layer gets its predecessor's output and the residual apart, so that the addition is fused with its first norm:
+    the stream is `hidden + residual` (`hidden` alone before the first layer, `residual` being None)."""
+
+    @abstractmethod
+    def __call__(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, ctx: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) of the next layer; all [tokens, hidden]."""
+
+
+class PreNormLayer(DecoderLayer):
+    """norm → attention → add → norm → gated feed-forward → add: Llama, Mistral, Qwen."""
+
+    def __init__(
+        self,
+        build: BuildContext,
+        weights: WeightTable,
+        config: ModelConfig,
+        spec: AttentionSpec,
+        layer: int,
+        rotary: RotaryEmbedding,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        mlp_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        size, eps = config.hidden_size, config.norm_eps
+        self._attention_norm = RMSNorm(build, weights.at("input_layernorm"), size, eps)
+        self._attention = Attention(
+            build,
+            weights.at("self_attn"),
+            config,
+            spec,
+            layer,
+            rotary,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            qk_norm=qk_norm,
+        )
+        self._mlp_norm = RMSNorm(build, weights.at("post_attention_layernorm"), size, eps)
+        activation = config.raw.get("hidden_act") or "silu"
+        self._mlp = GatedMLP(build, weights.at("mlp"), size, config.intermediate_size, activation, mlp_bias)
+
+    def __call__(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor, ctx: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            hidden, residual = self._attention_norm(hidden), hidden
+        else:
+            hidden, residual = self._attention_norm.add(hidden, residual)
+        hidden = self._attention(hidden, positions, ctx)
+        hidden, residual = self._mlp_norm.add(hidden, residual)
+        return self._mlp(hidden), residual
+
+
+class CausalLM(Model):
+    """Embedding, decoder layers, final norm, output head. An architecture says what its layers are made of."""
+
+    norm_unit_offset = False
+    """Whether the checkpoint's final norm stores weight - 1 (Gemma)."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext) -> None:
+        super().__init__(config, build)
+        weights = self._weights = WeightTable()
+        weights.ignore("rotary_emb.inv_freq")  # computed, but shipped by old checkpoints
+        body, vocab, size = weights.at("model"), config.vocab_size, config.hidden_size
+        self._embedding = VocabParallelEmbedding(build, body.at("embed_tokens"), vocab, size)
+        specs = self.attention_specs(config, build.parallel.size)
+        self._layers = self.build_layers(build, body.at("layers"), specs)
+        self._norm = RMSNorm(build, body.at("norm"), size, config.norm_eps, self.norm_unit_offset)
+        tied = self._embedding if config.tie_word_embeddings else None
+        self._head = VocabParallelHead(build, weights.at("lm_head"), vocab, size, tied)
+
+    @abstractmethod
+    def build_layers(self, build: BuildContext, weights: WeightTable, specs: list[AttentionSpec]) -> list[DecoderLayer]:
+        """The decoder layers in order; layer i expects its tensors below `weights.at(str(i))`."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[tokens] -> [tokens, hidden]; an architecture that scales its embeddings extends this."""
+        return self._embedding(token_ids)
+
+    @property
+    def num_parameters(self) -> int:
+        return self._weights.num_parameters
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._weights.load(weights)
+        self._head.finish()
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> ModelOutput:
+        hidden = self.embed(token_ids)
+        residual: torch.Tensor | None = None
+        for layer in self._layers:
+            hidden, residual = layer(hidden, residual, positions, ctx)
+        hidden = self._norm(hidden) if residual is None else self._norm.add(hidden, residual)[0]
+        return ModelOutput(hidden, {})
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(hidden)

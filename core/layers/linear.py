@@ -1,0 +1,139 @@
+"""Linear layers, split over ranks by rows (outputs) or columns (inputs), fused where the checkpoint is not.
+
+Each layer gathers this rank's part of its checkpoint tensors; when the last one has come it has the kernels prepare
+the whole once (`Kernels.make_linear`) and lets the raw tensors go, so loading never holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from interlace.interfaces.model import BuildContext
+from interlace.layers.parallel import share, share_heads
+from interlace.layers.weights import WeightTable
+
+_ALL = slice(None)
+
+
+class LinearPart(NamedTuple):
+    """One checkpoint tensor inside a linear layer, and the part of it this rank holds."""
+
+    name: str
+    shape: tuple[int, int]
+    """[out, in] of the whole tensor."""
+    rows: slice = _ALL
+    columns: slice = _ALL
+
+
+class Linear:
+    """x W^T + b, W being the parts' rows one after the other: x [tokens, in] -> [tokens, sum of the parts' out].
+
+    Not split: this is also the base of the parallel layers. `use_bias` false: the checkpoint has a bias, but
+    another rank adds it.
+    """
+
+    def __init__(
+        self,
+        build: BuildContext,
+        weights: WeightTable,
+        parts: list[LinearPart],
+        bias: bool = False,
+        use_bias: bool = True,
+    ) -> None:
+        self._build = build
+        self._use_bias = use_bias
+        self._raw: dict[tuple[str, int], torch.Tensor] = {}  # (tensor kind, part) → this rank's slice, until complete
+        self._num_expected = len(parts) * (2 if bias else 1)
+        self._run: Callable[[torch.Tensor], torch.Tensor] = _refuse
+        for index, part in enumerate(parts):
+            scope = weights.at(part.name)
+            scope.expect("weight", part.shape, partial(self._place, "weight", index, (part.rows, part.columns)))
+            if bias:
+                scope.expect("bias", part.shape[:1], partial(self._place, "bias", index, (part.rows,)))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._run(x)
+
+    def _place(self, kind: str, index: int, where: tuple[slice, ...], tensor: torch.Tensor) -> None:
+        self._raw[kind, index] = tensor[where]
+        if len(self._raw) == self._num_expected:
+            bias = self._join("bias") if self._use_bias else None
+            weight = self._join("weight")
+            assert weight is not None
+            self._raw.clear()
+            self._run = self._build.kernels.make_linear(weight, bias)
+
+    def _join(self, kind: str) -> torch.Tensor | None:
+        """The parts of one kind in order, in memory of their own (the raw ones may lie in a mapped file)."""
+        parts = [self._raw[key] for key in sorted(self._raw) if key[0] == kind]
+        return torch.cat(parts).to(self._build.device) if parts else None
+
+
+def _refuse(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("this linear layer has no weights yet: call the model's load_weights first")
+
+
+class ColumnParallelLinear(Linear):
+    """Outputs split over ranks: the whole x -> this rank's part of each output, several checkpoint tensors fused.
+
+    `outputs`: name of each tensor → its number of outputs, e.g. {"gate_proj": 1536, "up_proj": 1536}.
+    """
+
+    def __init__(
+        self, build: BuildContext, weights: WeightTable, outputs: Mapping[str, int], in_size: int, bias: bool = False
+    ) -> None:
+        rank, size = build.parallel.rank, build.parallel.size
+        parts = [
+            LinearPart(name, (out_size, in_size), share(out_size, rank, size, f"the outputs of {name}"))
+            for name, out_size in outputs.items()
+        ]
+        super().__init__(build, weights, parts, bias)
+
+
+class QKVLinear(Linear):
+    """Query, key and value projection in one: hidden -> this rank's query heads, then key heads, then value heads.
+
+    With fewer KV heads than ranks, neighbouring ranks hold copies of a KV head (`share_heads`).
+    """
+
+    def __init__(
+        self,
+        build: BuildContext,
+        weights: WeightTable,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        bias: bool = False,
+    ) -> None:
+        heads = share_heads(num_heads, num_kv_heads, build.parallel.rank, build.parallel.size)
+        query_rows = slice(heads.first_query * head_size, (heads.first_query + heads.query) * head_size)
+        kv_rows = slice(heads.first_kv * head_size, (heads.first_kv + heads.kv) * head_size)
+        kv_shape = (num_kv_heads * head_size, hidden_size)
+        parts = [
+            LinearPart("q_proj", (num_heads * head_size, hidden_size), query_rows),
+            LinearPart("k_proj", kv_shape, kv_rows),
+            LinearPart("v_proj", kv_shape, kv_rows),
+        ]
+        super().__init__(build, weights, parts, bias)
+
+
+class RowParallelLinear(Linear):
+    """Inputs split over ranks: this rank's part of x -> the whole output, summed over the ranks."""
+
+    def __init__(
+        self, build: BuildContext, weights: WeightTable, name: str, in_size: int, out_size: int, bias: bool = False
+    ) -> None:
+        rank, size = build.parallel.rank, build.parallel.size
+        columns = share(in_size, rank, size, f"the inputs of {name}")
+        super().__init__(
+            build, weights, [LinearPart(name, (out_size, in_size), columns=columns)], bias, use_bias=rank == 0
+        )
+        self._all_reduce = build.parallel.all_reduce
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._all_reduce(self._run(x))

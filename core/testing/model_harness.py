@@ -1,0 +1,191 @@
+"""`ModelHarness`: run a model over a paged KV cache without an engine; for tests of models, kernels and attention.
+
+    harness = ModelHarness(MyModel, config, weights, attention=MyAttention)
+    logits = harness.step({"a": [1, 2, 3], "b": [7]})       # a mixed batch; logits of every token, by sequence
+    logits = harness.step({"a": [4]})                       # sequences go on where they were
+    logits = harness.run([1, 2, 3, 4, 5], chunk=2)          # a fresh sequence, chunk by chunk
+
+The cache is filled with NaN, blocks are handed out in random order, and blocks that fell out of a sliding window are
+taken away, so a model or backend that reads what it must not shows it at once.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from interlace.interfaces.attention import AttentionBackend
+from interlace.interfaces.kernels import Kernels, KernelSpec
+from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache, Model, Parallel
+from interlace.kv.specs import NULL_BLOCK, KVGroup, blocks_for, group_layers
+from interlace.model_config import ModelConfig
+from interlace.worker.batch import ForwardBatch
+
+
+class ModelHarness:
+    """One model on one rank with a KV cache of `num_blocks` blocks. Sequences are named by the caller."""
+
+    def __init__(
+        self,
+        model: type[Model],
+        config: ModelConfig,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        attention: type[AttentionBackend],
+        kernels: type[Kernels] = Kernels,
+        dtype: str = "float32",
+        device: str = "cpu",
+        kept_weights: str = "auto",
+        parallel: Parallel | None = None,
+        block_size: int = 4,
+        num_blocks: int = 512,
+        max_model_len: int = 256,
+    ) -> None:
+        self.device = torch.device(device)
+        self.block_size = block_size
+        self._max_blocks = blocks_for(max_model_len, block_size)
+        parallel = parallel or Parallel()
+        build = BuildContext(
+            kernels=kernels(kernels.Options(), KernelSpec(dtype, device, kept_weights)),
+            parallel=parallel,
+            dtype=getattr(torch, dtype),
+            device=self.device,
+            max_model_len=max_model_len,
+        )
+        with torch.inference_mode():
+            self.model = model(config, build)
+            self.model.load_weights(weights)
+        specs = model.attention_specs(config, parallel.size)
+        self.groups = group_layers([spec.kv_key for spec in specs])
+        self._backends, self._layers = [], dict[int, LayerCache]()
+        caches: dict[int, torch.Tensor] = {}  # cache tensor by its number, shared by the groups
+        for number, group in enumerate(self.groups):
+            spec = specs[group.layers[0]]
+            backend = attention(attention.Options(), spec, block_size, dtype, device)
+            self._backends.append(backend)
+            layout = backend.cache_layout(num_blocks)
+            for j, layer in enumerate(group.layers):
+                if j not in caches:
+                    caches[j] = torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
+                    caches[j].fill_(torch.nan)
+                self._layers[layer] = LayerCache(backend, caches[j].view(layout.shape), number)
+        self._free = [block for block in range(num_blocks) if block != NULL_BLOCK]
+        random.Random(0).shuffle(self._free)
+        self._lengths: dict[str, int] = {}
+        self._tables: dict[str, list[list[int]]] = {}  # sequence → per group the block ids in order
+
+    def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32."""
+        with torch.inference_mode():
+            batch = self._make_batch(tokens)
+            metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
+            ctx = ForwardContext([self._layers[layer] for layer in range(len(self._layers))], metadata)
+            output = self.model.forward(batch.token_ids, batch.positions, ctx)
+            logits = self.model.logits(output.hidden)
+        for name, new in tokens.items():
+            self._lengths[name] += len(new)
+        return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
+
+    def run(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
+        """Logits [tokens, vocab] of one fresh sequence, `chunk` tokens a step (default: all at once)."""
+        chunk = chunk or len(token_ids)
+        parts = [self.step({"": token_ids[start : start + chunk]})[""] for start in range(0, len(token_ids), chunk)]
+        self.free("")
+        return torch.cat(parts)
+
+    def generate(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy continuation of one fresh sequence."""
+        output: list[int] = []
+        new = list(token_ids)
+        while len(output) < max_tokens:
+            new = [int(self.step({"": new})[""][-1].argmax())]
+            output += new
+        self.free("")
+        return output
+
+    def free(self, name: str) -> None:
+        """Forget a sequence and take its blocks back."""
+        for table in self._tables.pop(name):
+            self._free += [block for block in table if block != NULL_BLOCK]
+        del self._lengths[name]
+
+    def _make_batch(self, tokens: Mapping[str, Sequence[int]]) -> ForwardBatch:
+        for name in tokens:
+            self._lengths.setdefault(name, 0)
+            self._tables.setdefault(name, [[] for _ in self.groups])
+        contexts = [self._lengths[name] for name in tokens]
+        for name, new in tokens.items():
+            for group, table in zip(self.groups, self._tables[name], strict=True):
+                self._update_table(group, table, self._lengths[name], len(new))
+        positions = [
+            context + i for context, new in zip(contexts, tokens.values(), strict=True) for i in range(len(new))
+        ]
+        return ForwardBatch(
+            token_ids=self._tensor([token for new in tokens.values() for token in new]),
+            positions=self._tensor(positions),
+            query_lens=[len(new) for new in tokens.values()],
+            context_lens=contexts,
+            block_tables=[self._block_table(list(tokens), number) for number in range(len(self.groups))],
+            slot_mappings=[self._slot_mapping(tokens, number) for number in range(len(self.groups))],
+        )
+
+    def _update_table(self, group: KVGroup, table: list[int], context: int, new: int) -> None:
+        if group.kind == "window":
+            first_seen = max(0, context - group.window + 1)
+            for index in range(min(first_seen // self.block_size, len(table))):
+                if table[index] != NULL_BLOCK:
+                    self._free.append(table[index])
+                    table[index] = NULL_BLOCK
+        while len(table) < blocks_for(context + new, self.block_size):
+            table.append(self._free.pop())
+
+    def _block_table(self, names: list[str], group: int) -> torch.Tensor:
+        rows = torch.full((len(names), self._max_blocks), NULL_BLOCK, dtype=torch.int32)
+        for row, name in enumerate(names):
+            table = self._tables[name][group]
+            rows[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        return rows.to(self.device)
+
+    def _slot_mapping(self, tokens: Mapping[str, Sequence[int]], group: int) -> torch.Tensor:
+        slots = []
+        for name, new in tokens.items():
+            table, size = self._tables[name][group], self.block_size
+            for position in range(self._lengths[name], self._lengths[name] + len(new)):
+                slots.append(table[position // size] * size + position % size)
+        return self._tensor(slots)
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+class ThreadedParallel(Parallel):
+    """Tensor parallelism among threads of one process, for tests: `ThreadedParallel.make(2)` gives the two ranks,
+    and each rank's model must then run in a thread of its own."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
+        self.rank = rank
+        self.size = size
+        self._barrier = barrier
+        self._board = board
+
+    @classmethod
+    def make(cls, size: int) -> list[ThreadedParallel]:
+        barrier, board = threading.Barrier(size, timeout=60), [None] * size
+        return [cls(rank, size, barrier, board) for rank in range(size)]
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(x)).sum(0)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._exchange(x), dim=-1)
+
+    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self._board[self.rank] = x
+        self._barrier.wait()
+        everyone: list[torch.Tensor] = list(self._board)
+        self._barrier.wait()  # nobody may post again before all have read
+        return everyone

@@ -1,0 +1,191 @@
+"""Weight tables and linear layers: what is loaded where, and that raw weights are let go."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from interlace.errors import CheckpointError, ConfigError
+from interlace.interfaces.kernels import Kernels, KernelSpec
+from interlace.interfaces.model import BuildContext, Parallel
+from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from interlace.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
+from interlace.layers.mlp import GatedMLP
+from interlace.layers.parallel import HeadShare, share, share_heads
+from interlace.layers.weights import WeightTable
+
+
+class FakeRank(Parallel):
+    """A rank whose collectives return its own part, for tests that combine the ranks themselves."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+
+def build(rank: int = 0, size: int = 1, kernels: Any = None) -> BuildContext:
+    kernels = kernels or Kernels(Kernels.Options(), KernelSpec("float32", "cpu"))
+    return BuildContext(kernels, FakeRank(rank, size), torch.float32, torch.device("cpu"), 64)
+
+
+def per_rank(size: int, weights: dict[str, torch.Tensor], make: Any) -> list[Any]:
+    """The layer that `make(build, table)` builds, on each of `size` ranks, loaded."""
+    layers = []
+    for rank in range(size):
+        table = WeightTable()
+        layers.append(make(build(rank, size), table))
+        table.load(weights.items())
+    return layers
+
+
+# ── Tables ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_problem_is_named_at_once():
+    table = WeightTable()
+    for layer in (0, 1, 2, 5):
+        table.at("layers").at(str(layer)).expect("weight", (2,), lambda tensor: None)
+    table.expect("norm", (3,), lambda tensor: None)
+    table.ignore("inv_freq")
+    two = torch.zeros(2)
+    given = [("layers.5.weight", two), ("layers.5.weight", two), ("norm", two), ("extra", two), ("a.inv_freq", two)]
+    with pytest.raises(CheckpointError) as caught:
+        table.load(given)
+    message = str(caught.value)
+    assert "missing: layers.{0-2}.weight" in message
+    assert "given twice: layers.5.weight" in message
+    assert "unexpected: extra" in message
+    assert "norm is [2] instead of [3]" in message
+    assert "inv_freq" not in message
+
+
+def test_complete_checkpoint_loads_and_two_owners_are_refused():
+    table = WeightTable()
+    got = []
+    table.at("a").expect("weight", (2,), got.append)
+    table.load([("a.weight", torch.ones(2))])
+    assert torch.equal(got[0], torch.ones(2))
+    with pytest.raises(ValueError, match=r"two layers expect the checkpoint tensor 'a\.weight'"):
+        table.at("a").expect("weight", (2,), got.append)
+
+
+# ── Shards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_heads_are_dealt_out_and_kv_heads_shared():
+    assert [share_heads(8, 4, rank, 2) for rank in range(2)] == [HeadShare(4, 0, 2, 0), HeadShare(4, 4, 2, 2)]
+    assert [share_heads(8, 2, rank, 4).first_kv for rank in range(4)] == [0, 0, 1, 1]
+    with pytest.raises(ConfigError, match="tensor_parallel = 3 does not divide the number of attention heads = 8"):
+        share_heads(8, 4, 0, 3)
+    with pytest.raises(ConfigError, match="KV heads"):
+        share_heads(12, 3, 0, 4)
+    assert share(12, 2, 3, "x") == slice(8, 12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_column_then_row_summed_over_ranks_is_the_whole(bias):
+    weights = {
+        "up.weight": torch.randn(12, 5),
+        "gate.weight": torch.randn(12, 5),
+        "down.weight": torch.randn(5, 12),
+    }
+    if bias:
+        weights |= {"up.bias": torch.randn(12), "gate.bias": torch.randn(12), "down.bias": torch.randn(5)}
+
+    def make(build: BuildContext, table: WeightTable) -> Any:
+        column = ColumnParallelLinear(build, table, {"gate": 12, "up": 12}, 5, bias)
+        return column, RowParallelLinear(build, table, "down", 12, 5, bias)
+
+    x = torch.randn(3, 5)
+    total = torch.zeros(3, 5)
+    for column, row in per_rank(2, weights, make):
+        gate, up = column(x).chunk(2, dim=-1)
+        assert gate.shape == (3, 6)
+        total += row(gate * up)
+    linear = torch.nn.functional.linear
+    gate = linear(x, weights["gate.weight"], weights.get("gate.bias"))
+    up = linear(x, weights["up.weight"], weights.get("up.bias"))
+    assert torch.allclose(total, linear(gate * up, weights["down.weight"], weights.get("down.bias")), atol=1e-4)
+
+
+def test_qkv_ranks_hold_their_heads():
+    size, hidden = 4, 6
+    weights = {
+        "q_proj.weight": torch.randn(8 * size, hidden),
+        "k_proj.weight": torch.randn(2 * size, hidden),
+        "v_proj.weight": torch.randn(2 * size, hidden),
+    }
+    x = torch.randn(3, hidden)
+    query, key, value = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
+    for rank, layer in enumerate(per_rank(4, weights, lambda b, t: QKVLinear(b, t, hidden, 8, 2, size))):
+        got = layer(x).split([2 * size, size, size], dim=-1)
+        kv = slice(rank // 2 * size, (rank // 2 + 1) * size)
+        assert torch.allclose(got[0], query[:, rank * 2 * size : (rank + 1) * 2 * size], atol=1e-5)
+        assert torch.allclose(got[1], key[:, kv], atol=1e-5)
+        assert torch.allclose(got[2], value[:, kv], atol=1e-5)
+
+
+def test_vocabulary_split_over_ranks():
+    weight = torch.randn(7, 4)  # 7 rows over 3 ranks: 3 + 3 + 1 and padding
+    token_ids = torch.tensor([0, 6, 3, 2, 5])
+    embeddings = per_rank(3, {"weight": weight}, lambda b, t: VocabParallelEmbedding(b, t, 7, 4))
+    assert torch.equal(sum(layer(token_ids) for layer in embeddings), weight[token_ids])
+    heads = per_rank(3, {"weight": weight}, lambda b, t: VocabParallelHead(b, t, 7, 4))
+    hidden = torch.randn(2, 4)
+    logits = torch.cat([head(hidden) for head in heads], dim=-1)
+    assert torch.allclose(logits[:, :7], hidden @ weight.T, atol=1e-5)
+    assert logits.dtype == torch.float32 and torch.equal(logits[:, 7:], torch.zeros(2, 2))
+
+
+# ── Loading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_raw_weights_are_let_go_as_soon_as_a_layer_is_complete():
+    seen: list[torch.Tensor] = []
+
+    class Counting(Kernels):
+        def make_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+            seen.append(weight.clone())
+            return lambda x: x
+
+    table = WeightTable()
+    kernels = Counting(Counting.Options(), KernelSpec("float32", "cpu"))
+    GatedMLP(build(kernels=kernels), table, 4, 6, "silu")
+    references: list[weakref.ref[Any]] = []
+
+    def weights() -> Any:
+        for name, shape in (("up_proj", (6, 4)), ("gate_proj", (6, 4)), ("down_proj", (4, 6))):
+            array = np.full(shape, len(references) + 1, dtype=np.float32)
+            references.append(weakref.ref(array))  # lives as long as any tensor over its memory
+            yield f"{name}.weight", torch.from_numpy(array)
+            del array
+        # down_proj, given last, is still a variable of `load`; up_proj and gate_proj are joined and must be gone.
+        assert [reference() is None for reference in references[:2]] == [True, True]
+
+    table.load(weights())
+    assert len(seen) == 2
+    assert torch.equal(seen[0], torch.cat((torch.full((6, 4), 2.0), torch.full((6, 4), 1.0)))), "gate first, then up"
+
+
+def test_layers_without_weights_say_so():
+    table = WeightTable()
+    layer = RowParallelLinear(build(), table, "down", 4, 4)
+    head = VocabParallelHead(build(), table.at("lm_head"), 4, 4)
+    for unloaded in (layer, head):
+        with pytest.raises(RuntimeError, match="call the model's load_weights first"):
+            unloaded(torch.zeros(1, 4))
+
+
+def test_tied_head_uses_the_embedding_and_passes_over_its_copy():
+    table = WeightTable()
+    embedding = VocabParallelEmbedding(build(), table.at("embed"), 5, 4)
+    head = VocabParallelHead(build(), table.at("lm_head"), 5, 4, tied=embedding)
+    weight = torch.randn(5, 4)
+    table.load([("embed.weight", weight), ("lm_head.weight", weight)])
+    head.finish()
+    hidden = torch.randn(2, 4)
+    assert torch.allclose(head(hidden), hidden @ weight.T, atol=1e-6)
