@@ -29,20 +29,17 @@ _BOS, _EOS = "<bos>", "<eos>"
 _BYTE_VOCABULARY = 256 + 2
 
 
-class DummyOptions(BaseModel):
-    """Options of the random weights."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    seed: int = Field(0, ge=0, description="seed of the random weights")
-
-
 class DummyCheckpoint(Checkpoint):
     """`path` is a directory with a config.json, or such a JSON file. Same configuration and seed, same weights.
 
     Without tokenizer.json, a byte-level vocabulary of 258 tokens stands in (BOS 256, EOS 257)."""
 
-    Options = DummyOptions
+    class Options(BaseModel):
+        """Options of the random weights."""
+
+        model_config = ConfigDict(extra="forbid")
+
+        seed: int = Field(default=0, ge=0, description="Seed of the random weights.")
 
     @classmethod
     def matches(cls, path: Path) -> bool:

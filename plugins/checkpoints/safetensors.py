@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,7 +16,6 @@ from interlace.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from safetensors import safe_open
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -109,7 +108,7 @@ def _read_index(directory: Path) -> dict[Path, set[str]]:
 
 
 @contextmanager
-def _open(file: Path, framework: str = "pt") -> Iterator[safe_open]:
+def _open(file: Path, framework: str = "pt") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
