@@ -72,6 +72,7 @@ class EngineLoop:
         self._futures: deque[Future[StepResult]] = deque()
         self._steps = 0
         self._empty_plans = 0
+        self._last_failure = ""  # a failure that repeats is logged without its traceback
 
     def post(self, command: Command) -> None:
         """Hand a command to the loop; it is carried out before the next plan."""
@@ -177,7 +178,8 @@ class EngineLoop:
         try:
             result = future.result()
         except Exception as error:
-            logger.exception("a step failed; its requests end with an error")
+            repeated, self._last_failure = repr(error) == self._last_failure, repr(error)
+            logger.error("a step failed; its requests end with an error: %s", error, exc_info=not repeated)
             self._futures.clear()  # successors of a failed step fail, too
             self._on_output(self._core.fail(f"the step failed: {type(error).__name__}: {error}", self._clock.now()))
             self._check_executor(error)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class Model(ABC):
     @abstractmethod
     def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
         """One spec per attention layer, in layer order, as seen by one rank. Needs no weights."""
+
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Values in the weights of the whole model, known as soon as it is built (also on device `meta`)."""
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
@@ -44,13 +43,14 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. An exception means that the whole step failed; errors of single rows are in the result."""
         started = self._now()
-        errors = self._apply(plan)
+        self._apply(plan)
         if not plan.slots:
             return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
         batch = self._batch.build(plan)
         hidden = self.forward(batch)
         prompt_logprobs = self._compute_prompt_logprobs(plan, batch, hidden) if self._prompt_logprobs else {}
         self._batch.advance(plan)
+        errors: dict[int, str] = {}
         counts, token_ids, logprobs = self.sample(plan, batch, hidden, errors)
         return StepResult(
             step_id=plan.step_id,
@@ -62,22 +62,17 @@ class ModelRunner:
             errors=errors,
         )
 
-    def _apply(self, plan: StepPlan) -> dict[int, str]:
-        """Take in what changed since the last step. Returns rows whose request could not be taken in, with why."""
+    def _apply(self, plan: StepPlan) -> None:
+        """Take in what changed since the last step."""
         for slot in (*plan.finished, *plan.preempted):
             self._sampler.remove(slot)
             self._prompt_logprobs.discard(slot)
-        failed: dict[int, str] = {}  # slot → reason
         for admission in plan.admitted:
             self._batch.admit(admission)
+            self._sampler.add(admission.slot, admission)
             if admission.params.prompt_logprobs is not None:
                 self._prompt_logprobs.add(admission.slot)
-            try:
-                self._sampler.add(admission.slot, admission)
-            except Exception as error:
-                failed[admission.slot] = f"{type(error).__name__}: {error}"
         self._batch.append_blocks(plan)
-        return {row: failed[slot] for row, slot in enumerate(plan.slots) if slot in failed} if failed else {}
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states [tokens, hidden] of the flattened batch."""
@@ -91,7 +86,7 @@ class ModelRunner:
 
         Returns (tokens per row, token ids, logprobs by row)."""
         counts = [0] * len(plan.slots)
-        rows = [row for row, wanted in enumerate(plan.sample) if wanted and row not in errors]
+        rows = [row for row, wanted in enumerate(plan.sample) if wanted]
         if not rows:
             return counts, [], {}
         last = [batch.query_start[row + 1] - 1 for row in rows]
@@ -99,8 +94,7 @@ class ModelRunner:
             hidden = hidden[torch.tensor(last, device=hidden.device)]
         logits = self._model.logits(hidden)  # [rows, vocab]
         slots = [plan.slots[row] for row in rows]
-        histories: list[np.ndarray] = [self._batch.history(slot) for slot in slots]
-        sampled = self._sampler.sample(logits, slots, histories)
+        sampled = self._sampler.sample(logits, slots, self._batch.histories(slots))
         token_ids, logprobs = [], {}
         for index, (row, slot, token) in enumerate(zip(rows, slots, sampled.token_ids, strict=True)):
             if index in sampled.errors:

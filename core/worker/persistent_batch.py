@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -79,10 +81,22 @@ class PersistentBatch:
         self.token_ids[slot, self.num_tokens[slot]] = token
         self.num_tokens[slot] += 1
 
-    def history(self, slot: int) -> np.ndarray:
-        """All known tokens of a slot, prompt first: a view, [tokens] int32."""
-        return self.token_ids[slot, : self.num_tokens[slot]]
+    def histories(self, slots: Sequence[int]) -> Histories:
+        """All known tokens of each of `slots`, as views made on demand."""
+        return Histories(self, slots)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+class Histories:
+    """`histories[i]`: all known tokens of slot `slots[i]`, prompt first, [tokens] int32; a view, not a copy."""
+
+    def __init__(self, batch: PersistentBatch, slots: Sequence[int]) -> None:
+        self._batch = batch
+        self._slots = slots
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        slot = self._slots[index]
+        return self._batch.token_ids[slot, : self._batch.num_tokens[slot]]

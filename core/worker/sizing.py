@@ -193,5 +193,5 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
 
 def weight_bytes(model_class: type[Model], spec: ResolvedSpec, kernels: Kernels) -> int:
     """Size of the weights in the compute type, from a model without storage."""
-    model: Any = model_class(spec.model_config, build_context(spec, kernels, "meta"))
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    context = build_context(spec, kernels, "meta")
+    return model_class(spec.model_config, context).num_parameters * context.dtype.itemsize
