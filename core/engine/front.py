@@ -9,8 +9,9 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from interlace.assemble import Assembly, assemble
 from interlace.clock import Clock
 from interlace.config import LoadedSettings, effective
 from interlace.engine.client import EngineHealth
@@ -18,11 +19,8 @@ from interlace.engine.input_processor import InputProcessor, PreparedRequest, Pr
 from interlace.engine.output_processor import OutputProcessor
 from interlace.engine.output_state import ActiveRequest, Sink
 from interlace.errors import EngineDeadError
+from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import RequestOutput, SamplingParams, StepOutput
-
-if TYPE_CHECKING:
-    from interlace.assemble import Assembly
-    from interlace.interfaces.executor import ExecutorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +28,9 @@ logger = logging.getLogger(__name__)
 class Front:
     """One started engine seen from the user's side. Thread-safe."""
 
-    def __init__(self, assembly: Assembly, loaded: LoadedSettings) -> None:
+    def __init__(self, assembly: Assembly) -> None:
         """Start the engine of `assembly` and wait until it is ready. Raises the true cause when it cannot start."""
-        self.loaded = loaded
+        self.loaded = assembly.loaded
         self.spec = assembly.spec
         self.tokenizer = assembly.tokenizer
         self.clock = assembly.clock
@@ -45,14 +43,14 @@ class Front:
         self._closed = False
         started = self.clock.now()
         try:
-            self.info: ExecutorInfo = self._client.start(self._on_output, self._on_death)
+            self.info: ExecutorInfo = self._client.start(self._on_output, self._on_death, self._on_event)
         except BaseException:
             self._client.shutdown()
             raise
         self.startup_time = self.clock.now() - started
         for subject, text in self.report():
             logger.info("%s: %s", subject, text)
-        self._events.on_engine_start(effective(loaded))
+        self._events.on_engine_start(effective(assembly.loaded))
 
     @classmethod
     def open(
@@ -64,9 +62,7 @@ class Front:
         clock: Clock | None = None,
     ) -> Self:
         """Assemble and start an engine. `default_process`: where it runs when the settings leave it open."""
-        from interlace.assemble import assemble
-
-        return cls(assemble(loaded.settings, default_process=default_process, clock=clock, plugins=plugins), loaded)
+        return cls(assemble(loaded, default_process=default_process, clock=clock, plugins=plugins))
 
     # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,6 +184,9 @@ class Front:
     def _on_death(self, error: EngineDeadError) -> None:
         logger.error("the engine died: %s", error)
         self._deliver_death(error)
+
+    def _on_event(self, event: ExecutorEvent) -> None:
+        logger.warning("executor: %s: %s", event.kind, event.message)
 
     def _deliver_death(self, error: EngineDeadError) -> None:
         for sink, requests in self._outputs.fail(error).items():

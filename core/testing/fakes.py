@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from interlace.clock import Clock, VirtualClock
-from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnOutput
+from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnEvent, OnOutput
 from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorInfo
 from interlace.kv.specs import KVCacheConfig
@@ -44,7 +44,7 @@ class ScriptedClient(EngineClient):
         self.aborted: list[str] = []
         self.operations: list[tuple[str, dict[str, Any]]] = []
 
-    def start(self, on_output: OnOutput, on_death: OnDeath) -> ExecutorInfo:
+    def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
         self._on_output, self._on_death = on_output, on_death
         if self._auto:
             self._thread = threading.Thread(target=self._loop, name="scripted-engine", daemon=True)

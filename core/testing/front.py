@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import pluggy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from interlace.assemble import Assembly
 from interlace.clock import Clock, VirtualClock
+from interlace.config import load_settings
 from interlace.engine.client import EngineClient
-from interlace.events import Events
 from interlace.model_config import ModelConfig
+from interlace.plugin_manager import PluginManager
 from interlace.spec import Component, ResolvedSpec
 from interlace.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
-
-
-class FakeAssembly(NamedTuple):
-    """What `interlace.assemble` gives a front, around any engine client."""
-
-    spec: ResolvedSpec
-    tokenizer: Tokenizer
-    client: EngineClient
-    events: Events
-    clock: Clock
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
@@ -65,8 +56,8 @@ def front_spec(
 ) -> ResolvedSpec:
     """A spec with the little that the front reads of it; its components do not exist."""
 
-    def component(kind: str) -> Component:
-        return Component(kind=kind, name="fake", target="nowhere:Nothing", reason="for a test")
+    def component(kind: str, name: str = "fake") -> Component:
+        return Component(kind=kind, name=name, target="nowhere:Nothing", reason="for a test")
 
     config = ModelConfig(
         architecture="FakeForCausalLM",
@@ -85,7 +76,7 @@ def front_spec(
         model_path="nowhere",
         model_config=config,
         checkpoint=component("checkpoints"),
-        architecture=component("models"),
+        architecture=component("models", "FakeForCausalLM"),
         scheduler=component("schedulers"),
         executor=component("executors"),
         attention=(),
@@ -103,15 +94,11 @@ def fake_assembly(
     spec: ResolvedSpec | None = None,
     clock: Clock | None = None,
     subscribers: tuple[object, ...] = (),
-) -> FakeAssembly:
+) -> Assembly:
     """An assembly of a client, by default with `byte_tokenizer`; `subscribers` are objects with event hooks."""
-    from interlace import hookspecs
-
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    for subscriber in subscribers:
-        manager.register(subscriber)
+    loaded = load_settings(env={})
     clock = clock or VirtualClock()
     tokenizer = tokenizer or byte_tokenizer()
     spec = spec or front_spec(tokenizer.vocab_size)
-    return FakeAssembly(spec, tokenizer, client, Events(manager, clock), clock)
+    plugins = PluginManager(loaded.settings, subscribers, clock)
+    return Assembly(loaded, spec, plugins, tokenizer, client, clock)
