@@ -17,7 +17,7 @@ from interlace.messages import Admission, TokenLogprobs
 from interlace.sampling.distribution import draw, take_rows, truncate
 from interlace.sampling.logprobs import prompt_logprobs, select_logprobs
 from interlace.sampling.random import uniform
-from interlace.sampling.slots import History, SlotSampling, edit_logits
+from interlace.sampling.slots import Histories, SlotSampling, edit_logits
 from interlace.sampling.validation import validate_processor_args, validate_token_ids
 
 _log = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ class Sampler:
             self._reporting.add(slot)
         prompt = admission.token_ids[: admission.num_prompt_tokens]
         for name, args in arguments.items():
-            self._processed[name].add(slot)
             try:
                 self._processors[name].add(slot, args, prompt)
+                self._processed[name].add(slot)
             except Exception as error:
                 self._refused[slot] = _report(name, "add", error)
 
@@ -103,32 +103,29 @@ class Sampler:
                 except Exception as error:
                     _report(name, "remove", error)
 
-    def sample(
-        self, logits: torch.Tensor, slots: Sequence[int], num_known: Sequence[int], history: History
-    ) -> SampledRows:
+    def sample(self, logits: torch.Tensor, slots: Sequence[int], histories: Histories) -> SampledRows:
         """Choose one token per row.
 
         Args:
             logits: [rows, vocab] float32 of the model; overwritten.
             slots: the slot of each row. A slot may have several rows (draft positions).
-            num_known: per row, the number of tokens before the one to choose, prompt included.
-            history: `history(row)` gives those tokens, prompt first, as an integer array of length `num_known[row]`.
-                Called only for rows whose request looks at earlier tokens; read before `sample` returns, and not
-                changed.
+            histories: `histories[row]` gives all tokens before the one to choose, prompt first, as an int32 array;
+                their number decides the output position. Asked only for rows that are random or look back, so that
+                views made on demand cost a greedy batch nothing. Not changed, and not kept.
         """
         errors = self._rows_of_refused(slots)
         reporting = _rows_in(self._reporting, slots)
         raw = torch.log_softmax(take_rows(logits, reporting), dim=1) if reporting else None
         if self._edited:
-            edit_logits(logits, [(row, self._slots[slots[row]]) for row in _rows_in(self._edited, slots)], history)
-        self._apply_processors(logits, slots, history, errors)
+            edit_logits(logits, [(row, self._slots[slots[row]]) for row in _rows_in(self._edited, slots)], histories)
+        self._apply_processors(logits, slots, histories, errors)
         token_ids, peaks = _argmax(logits)
         if not np.isfinite(peaks).all():
             for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
                 errors.setdefault(row, _NOTHING_LEFT if peaks[row] == -math.inf else _NOT_A_NUMBER)
         rows = [row for row in _rows_in(self._random, slots) if row not in errors]
         if rows:
-            self._draw(logits, rows, slots, num_known, token_ids, errors)
+            self._draw(logits, rows, slots, histories, token_ids, errors)
         for row in errors:
             token_ids[row] = -1
         chosen: list[int] = token_ids.tolist()
@@ -147,22 +144,22 @@ class Sampler:
         return {row: self._refused[slots[row]] for row in _rows_in(self._refused, slots)}
 
     def _apply_processors(
-        self, logits: torch.Tensor, slots: Sequence[int], history: History, errors: dict[int, str]
+        self, logits: torch.Tensor, slots: Sequence[int], histories: Histories, errors: dict[int, str]
     ) -> None:
         """Custom processors; one that raises fails the rows it was given."""
         for name, processor in self._processors.items():
             rows = [row for row in _rows_in(self._processed[name], slots) if row not in errors]
             if not rows:
                 continue
-            views = [LogitsRow(row, slots[row], self._output(row, slots[row], history)) for row in rows]
+            views = [LogitsRow(row, slots[row], self._output(row, slots[row], histories)) for row in rows]
             try:
                 processor.apply(logits, views)
             except Exception as error:
                 errors.update(dict.fromkeys(rows, _report(name, "apply", error)))
 
-    def _output(self, row: int, slot: int, history: History) -> npt.NDArray[np.int32]:
+    def _output(self, row: int, slot: int, histories: Histories) -> npt.NDArray[np.int32]:
         """The row's output tokens, as a view through which a processor cannot change them."""
-        output = history(row)[self._slots[slot].num_prompt_tokens :].view()
+        output = histories[row][self._slots[slot].num_prompt_tokens :].view()
         output.flags.writeable = False
         return output
 
@@ -171,7 +168,7 @@ class Sampler:
         logits: torch.Tensor,
         rows: list[int],
         slots: Sequence[int],
-        num_known: Sequence[int],
+        histories: Histories,
         token_ids: npt.NDArray[np.int64],
         errors: dict[int, str],
     ) -> None:
@@ -181,7 +178,7 @@ class Sampler:
             uniform(
                 [state.seed for state in states],
                 [state.sample_index for state in states],
-                [int(num_known[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
+                [len(histories[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
             )
         ).to(logits.device)
         for group in truncate(take_rows(logits, rows), [state.shape for state in states]):

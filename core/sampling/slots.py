@@ -7,9 +7,9 @@ requests are not read. All of them are elementwise, so a row's result does not d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,12 @@ from interlace.sampling.distribution import Shape
 from interlace.sampling.params import SamplingParams
 
 TokenArray = npt.NDArray[np.integer[Any]]
-History = Callable[[int], npt.NDArray[np.int32]]
-"""Row → all tokens known before the position to sample, prompt first."""
+
+
+class Histories(Protocol):
+    """Row → all tokens known before the position to sample, prompt first: a list of arrays, or made when asked."""
+
+    def __getitem__(self, row: int, /) -> npt.NDArray[np.int32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +90,21 @@ class SlotSampling:
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def edit_logits(logits: torch.Tensor, rows: Sequence[tuple[int, SlotSampling]], history: History) -> None:
+def edit_logits(logits: torch.Tensor, rows: Sequence[tuple[int, SlotSampling]], histories: Histories) -> None:
     """Logit bias, allowed tokens, bad words, min_tokens and penalties, in this order, for the given rows in place.
 
     Args:
         logits: [rows, vocab] float32.
         rows: (row, what its slot asks for).
-        history: called only for rows whose changes depend on earlier tokens.
+        histories: read only for rows whose changes depend on earlier tokens.
     """
     bias, banned = _Points(), _Points()
     for row, slot in rows:
         bias.add(row, slot.bias_ids, slot.bias_values)
         banned.add(row, slot.banned_ids)
         if slot.banned_sequences:
-            banned.add(row, _completions(slot.banned_sequences, history(row)))
-        if slot.stop_ids.size and len(history(row)) - slot.num_prompt_tokens < slot.params.min_tokens:
+            banned.add(row, _completions(slot.banned_sequences, histories[row]))
+        if slot.stop_ids.size and len(histories[row]) - slot.num_prompt_tokens < slot.params.min_tokens:
             banned.add(row, slot.stop_ids)
     if bias.rows:
         where, values = bias.tensors(logits.device)
@@ -110,7 +114,7 @@ def edit_logits(logits: torch.Tensor, rows: Sequence[tuple[int, SlotSampling]], 
             _keep_only(logits[row], slot.allowed_ids)
     if banned.rows:
         logits[banned.tensors(logits.device)[0]] = -math.inf
-    _penalise(logits, [(row, slot) for row, slot in rows if slot.penalises], history)
+    _penalise(logits, [(row, slot) for row, slot in rows if slot.penalises], histories)
 
 
 class _Points:
@@ -134,12 +138,12 @@ class _Points:
         return where, torch.from_numpy(np.concatenate(self.values)).to(device)
 
 
-def _penalise(logits: torch.Tensor, rows: Sequence[tuple[int, SlotSampling]], history: History) -> None:
+def _penalise(logits: torch.Tensor, rows: Sequence[tuple[int, SlotSampling]], histories: Histories) -> None:
     """Repetition over prompt and output (Keskar et al. 2019, CTRL), then frequency and presence over the output."""
     repeated, counted = _Points(), _Points()
     for row, slot in rows:
         params = slot.params
-        output_ids, counts = np.unique(history(row)[slot.num_prompt_tokens :], return_counts=True)
+        output_ids, counts = np.unique(histories[row][slot.num_prompt_tokens :], return_counts=True)
         if params.repetition_penalty != 1.0:
             # A token of both is stated twice; both statements read the old value and write the same new one.
             repeated.add(row, np.concatenate((slot.prompt_ids, output_ids)), params.repetition_penalty)
