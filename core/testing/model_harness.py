@@ -11,7 +11,6 @@ taken away, so a model or backend that reads what it must not shows it at once.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,9 +20,9 @@ import torch
 from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache, Model, Parallel
-from interlace.kv.specs import NULL_BLOCK, KVGroup, blocks_for, group_layers
+from interlace.kv.specs import group_layers
 from interlace.model_config import ModelConfig
-from interlace.worker.batch import ForwardBatch
+from interlace.testing.paging import Pager
 
 
 class ModelHarness:
@@ -45,15 +44,12 @@ class ModelHarness:
         num_blocks: int = 512,
         max_model_len: int = 256,
     ) -> None:
-        self.device = torch.device(device)
-        self.block_size = block_size
-        self._max_blocks = blocks_for(max_model_len, block_size)
         parallel = parallel or Parallel()
         build = BuildContext(
             kernels=kernels(kernels.Options(), KernelSpec(dtype, device, kept_weights)),
             parallel=parallel,
             dtype=getattr(torch, dtype),
-            device=self.device,
+            device=torch.device(device),
             max_model_len=max_model_len,
         )
         with torch.inference_mode():
@@ -73,21 +69,17 @@ class ModelHarness:
                     caches[j] = torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
                     caches[j].fill_(torch.nan)
                 self._layers[layer] = LayerCache(backend, caches[j].view(layout.shape), number)
-        self._free = [block for block in range(num_blocks) if block != NULL_BLOCK]
-        random.Random(0).shuffle(self._free)
-        self._lengths: dict[str, int] = {}
-        self._tables: dict[str, list[list[int]]] = {}  # sequence → per group the block ids in order
+        windows = [group.window for group in self.groups]
+        self._pager = Pager(windows, block_size, num_blocks, max_model_len, device)
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32."""
         with torch.inference_mode():
-            batch = self._make_batch(tokens)
+            batch = self._pager.next_batch(tokens)
             metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
             ctx = ForwardContext([self._layers[layer] for layer in range(len(self._layers))], metadata)
             output = self.model.forward(batch.token_ids, batch.positions, ctx)
             logits = self.model.logits(output.hidden)
-        for name, new in tokens.items():
-            self._lengths[name] += len(new)
         return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
 
     def run(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
@@ -109,57 +101,7 @@ class ModelHarness:
 
     def free(self, name: str) -> None:
         """Forget a sequence and take its blocks back."""
-        for table in self._tables.pop(name):
-            self._free += [block for block in table if block != NULL_BLOCK]
-        del self._lengths[name]
-
-    def _make_batch(self, tokens: Mapping[str, Sequence[int]]) -> ForwardBatch:
-        for name in tokens:
-            self._lengths.setdefault(name, 0)
-            self._tables.setdefault(name, [[] for _ in self.groups])
-        contexts = [self._lengths[name] for name in tokens]
-        for name, new in tokens.items():
-            for group, table in zip(self.groups, self._tables[name], strict=True):
-                self._update_table(group, table, self._lengths[name], len(new))
-        positions = [
-            context + i for context, new in zip(contexts, tokens.values(), strict=True) for i in range(len(new))
-        ]
-        return ForwardBatch(
-            token_ids=self._tensor([token for new in tokens.values() for token in new]),
-            positions=self._tensor(positions),
-            query_lens=[len(new) for new in tokens.values()],
-            context_lens=contexts,
-            block_tables=[self._block_table(list(tokens), number) for number in range(len(self.groups))],
-            slot_mappings=[self._slot_mapping(tokens, number) for number in range(len(self.groups))],
-        )
-
-    def _update_table(self, group: KVGroup, table: list[int], context: int, new: int) -> None:
-        if group.kind == "window":
-            first_seen = max(0, context - group.window + 1)
-            for index in range(min(first_seen // self.block_size, len(table))):
-                if table[index] != NULL_BLOCK:
-                    self._free.append(table[index])
-                    table[index] = NULL_BLOCK
-        while len(table) < blocks_for(context + new, self.block_size):
-            table.append(self._free.pop())
-
-    def _block_table(self, names: list[str], group: int) -> torch.Tensor:
-        rows = torch.full((len(names), self._max_blocks), NULL_BLOCK, dtype=torch.int32)
-        for row, name in enumerate(names):
-            table = self._tables[name][group]
-            rows[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        return rows.to(self.device)
-
-    def _slot_mapping(self, tokens: Mapping[str, Sequence[int]], group: int) -> torch.Tensor:
-        slots = []
-        for name, new in tokens.items():
-            table, size = self._tables[name][group], self.block_size
-            for position in range(self._lengths[name], self._lengths[name] + len(new)):
-                slots.append(table[position // size] * size + position % size)
-        return self._tensor(slots)
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        self._pager.free(name)
 
 
 class ThreadedParallel(Parallel):
