@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interlace.interfaces.checkpoint import Checkpoint
     from interlace.model_config import ModelConfig
     from interlace.plugin_manager import PluginManager
+    from interlace.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,19 @@ def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[st
 def open_checkpoint(spec: ResolvedSpec) -> Checkpoint:
     """The checkpoint of a resolved model, for its tokenizer (in the front) or its weights (in a worker)."""
     return _open(spec.checkpoint, Path(spec.model_path))
+
+
+def open_tokenizer(loaded: LoadedSettings, spec: ResolvedSpec) -> Tokenizer:
+    """The model's tokenizer, with the chat template of the settings if they name one."""
+    tokenizer = open_checkpoint(spec).tokenizer()
+    template = loaded.settings.chat_template
+    if template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_chat_template(Path(template).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        source = loaded.source("chat_template")
+        raise ConfigError(f"chat_template = '{template}' ({source}) cannot be read: {error}") from error
 
 
 def check_portable(spec: ResolvedSpec) -> None:

@@ -72,11 +72,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _unknown_flag(name: str, flags: list[str], prog: str) -> UsageError:
-    from interlace.config import all_settings, nearest_key
+    from interlace.config import all_settings
 
-    found = nearest(name, flags)
-    if found is None:
-        key = nearest_key(name.removeprefix("--").replace("-", "_"), [setting.key for setting in all_settings()])
-        found = key and f"--{key}"
+    settings = [f"--{setting.key}" for setting in all_settings()]
+    last_part = name.removeprefix("--").replace("-", "_")
+    found = next((flag for flag in settings if flag.endswith(f".{last_part}")), None) or nearest(name, flags + settings)
     hint = f" Did you mean '{found}'?" if found else ""
     return UsageError(f"unknown flag '{name}'.{hint} See {prog} --help")

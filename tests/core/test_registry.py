@@ -74,14 +74,17 @@ def test_import_error_chains_its_cause(schedulers, name, cause, expected):
 
 
 def test_import_error_explains_main():
-    with pytest.raises(PluginImportError, match="exists in that process only.*engine.process = 'inline'"):
+    with pytest.raises(PluginImportError, match=r"exists in that process only.*engine.process = 'inline'"):
         Component(kind="schedulers", name="mine", target="__main__:NotThere").load()
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("incomplete", "lacks plan of interlace.interfaces.scheduler.Scheduler (contract version 1): write it in class"),
+        (
+            "incomplete",
+            "lacks plan of interlace.interfaces.scheduler.Scheduler (contract version 1): write it in class",
+        ),
         ("foreign", "which is not a subclass of interlace.interfaces.scheduler.Scheduler"),
     ],
 )
@@ -126,7 +129,10 @@ def options_of(schedulers, options, cli=None, name="demo"):
             "scheduler 'demo' (interlace-demo 1.2). Allowed: integer, at least 1, at most 64.",
         ),
         ({"weights": {"gld": 1}}, "Did you mean 'scheduler.options.demo.weights.gold'?"),
-        ({"weights": {"gold": -1}}, "scheduler.options.demo.weights.gold = '-1' (constructor): input should be greater"),
+        (
+            {"weights": {"gold": -1}},
+            "scheduler.options.demo.weights.gold = '-1' (constructor): input should be greater",
+        ),
     ],
 )
 def test_options_error_names_path_reason_and_nearest(schedulers, options, expected):
@@ -143,7 +149,7 @@ def test_options_error_hides_secrets(schedulers):
 
 
 def test_options_that_are_no_model(schedulers):
-    with pytest.raises(PluginContractError, match="Options of scheduler 'untyped' .* is not a pydantic model"):
+    with pytest.raises(PluginContractError, match=r"Options of scheduler 'untyped' .* is not a pydantic model"):
         options_of(schedulers, {"untyped": {"a": 1}}, name="untyped")
 
 
@@ -167,13 +173,13 @@ def test_options_under_the_qualified_name(schedulers):
 
 def test_options_of_what_nobody_offers(schedulers):
     loaded = load_settings(cli={"scheduler.options.dmo.window": "1"}, env={})
-    with pytest.raises(PluginOptionsError, match="scheduler.options.dmo .command line.: no scheduler is called 'dmo'"):
+    with pytest.raises(PluginOptionsError, match=r"scheduler.options.dmo .command line.: no scheduler is called 'dmo'"):
         check_options(loaded, schedulers("demo"))
 
 
 def test_options_of_unselected_plugins_are_checked(schedulers):
     registry = schedulers("demo")
-    with pytest.raises(PluginOptionsError, match="'scheduler.options.demo.window'"):
+    with pytest.raises(PluginOptionsError, match=r"'scheduler.options.demo.window'"):
         check_options(load_settings(cli={"scheduler.options.demo.windw": "1"}, env={}), registry)
     # A plugin that is broken is loud only once it is selected.
     check_options(load_settings(cli={"scheduler.options.unimportable.x": "1"}, env={}), registry)
