@@ -134,6 +134,11 @@ def read_config(file: GgufFile, tensors: dict[str, TensorInfo], eos_token_ids: l
             f"{file.path}: the metadata (embedding_length {hidden}, block_count {num_layers}, head_count {num_heads}) "
             f"does not fit the tensors (width {embedding.shape[1]}, {len(stored_layers)} layers)"
         )
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > embedding.shape[0]:
+        raise CheckpointError(
+            f"{file.path}: {len(tokens)} tokens in the vocabulary, but {embedding.shape[0]} rows in 'token_embd.weight'"
+        )
     head_size = meta.number("attention.key_length", hidden // num_heads)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -220,7 +225,7 @@ def _llama3_scaling(file: GgufFile, info: TensorInfo, theta: float, head_size: i
     if info.type_name != "F32" or info.shape != (head_size // 2,):
         raise CheckpointError(f"{file.path}: 'rope_freqs.weight' must be {head_size // 2} F32 values")
     stored = file.raw(info).view("<f4").reshape(-1).astype(np.float64)
-    factor = float(stored.max())
+    factor = float(f"{stored.max():.6g}")  # computed in single precision
     with np.errstate(all="ignore"):
         wavelengths = 2 * np.pi * float(theta) ** (np.arange(0, head_size, 2) / head_size)
         turns = known["original_max_position_embeddings"] / wavelengths
