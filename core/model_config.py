@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from interlace.errors import CheckpointError
 
 _POSITIVE = (
@@ -137,6 +138,8 @@ def _read_rope(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     rope = dict(raw.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope["rope_theta"] = float(raw.get("rope_theta", 10000.0))
+    # Some families state these at the top; transformers gives that place priority too.
+    rope |= {key: raw[key] for key in ("original_max_position_embeddings", "partial_rotary_factor") if raw.get(key)}
     local_theta = raw.get("rope_local_base_freq")
     return rope, {"rope_type": "default", "rope_theta": float(local_theta)} if local_theta else {}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from interlace.model_config import ModelConfig
+
 TRAINED = 16  # shorter than the prompt, so that scaling acts
 
 SCALINGS = {
@@ -85,8 +87,6 @@ def test_gemma_scales_its_full_layers_only(tiny, prompt):
 
 def test_old_style_config_keys(tiny, prompt):
     """Configs written before transformers 5 have `rope_theta` and `rope_scaling` at the top."""
-    from interlace.model_config import ModelConfig
-
     checkpoint = tiny("LlamaForCausalLM", rope_parameters={"rope_theta": 500.0, **SCALINGS["llama3"]})
     raw = dict(checkpoint.config.raw)
     scaling = dict(raw.pop("rope_parameters"))
@@ -94,3 +94,12 @@ def test_old_style_config_keys(tiny, prompt):
     raw["rope_scaling"] = scaling
     old = checkpoint._replace(config=ModelConfig.from_hf(raw, "test"))
     assert torch.equal(old.harness().run(prompt), checkpoint.harness().run(prompt))
+
+
+def test_old_style_keys_stated_at_the_top():
+    raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+    raw |= {"num_hidden_layers": 1, "num_attention_heads": 1, "partial_rotary_factor": 0.5, "rope_theta": 70.0}
+    raw |= {"original_max_position_embeddings": 16, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    expected = {"rope_type": "linear", "factor": 2.0, "rope_theta": 70.0}
+    expected |= {"original_max_position_embeddings": 16, "partial_rotary_factor": 0.5}
+    assert ModelConfig.from_hf(raw, "test").rope == expected
