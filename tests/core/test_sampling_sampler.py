@@ -73,9 +73,13 @@ class Add(LogitsProcessor):
             logits[row, self.args[slot].token] += self.args[slot].amount
 
 
-def test_greedy_takes_the_first_of_the_most_likely_and_does_nothing_else(monkeypatch):
-    for name in ("truncate", "edit_logits", "select_logprobs", "uniform", "take_rows"):
+def forbid_everything_but_argmax(monkeypatch):
+    for name in ("truncate", "edit_logits", "select_logprobs", "uniform", "take_rows", "LogitsRow"):
         monkeypatch.setattr(sampler_module, name, None)
+
+
+def test_greedy_takes_the_first_of_the_most_likely_and_does_nothing_else(monkeypatch):
+    forbid_everything_but_argmax(monkeypatch)
     logits = logits_of(5)
     logits[2, 40] = logits[2, 17] = 99.0
     sampler = Sampler(VOCAB, {"add": Add()})
@@ -89,13 +93,14 @@ def test_greedy_takes_the_first_of_the_most_likely_and_does_nothing_else(monkeyp
     assert torch.equal(logits, before)
 
 
-def test_a_feature_is_forgotten_with_the_last_request_that_used_it():
+def test_a_feature_is_forgotten_with_the_last_request_that_used_it(monkeypatch):
     sampler = Sampler(VOCAB, {"add": Add()})
     params = SamplingParams(
         presence_penalty=1.0, logprobs=1, temperature=1.0, logits_processors={"add": {"token": 5, "amount": 1}}
     )
     sampler.add(0, admission(params))
     sampler.sample(logits_of(1), [0], [array(1, 2, 3)])
+    forbid_everything_but_argmax(monkeypatch)
     sampler.remove(0)
     sampler.add(0, admission(SamplingParams(temperature=0.0)))
     assert sampler.sample(logits_of(1), [0], NoHistories()).logprobs == {}

@@ -39,7 +39,7 @@ def test_processor_args_are_parsed():
         ({"sized": {"size": 3, "sise": 4}}, ["['sized'].sise = 4", "Allowed: size", "Did you mean 'size'?"]),
         ({"sized": {}}, ["logits_processors['sized'].size", "Field required"]),
     ],
-
+)
 def test_processor_args_that_do_not_fit(given, parts):
     with pytest.raises(InvalidRequestError) as error:
         validate_processor_args({"sized": Sized}, SamplingParams(logits_processors=given))
