@@ -18,6 +18,7 @@ from interlace.engine.client import EngineHealth
 from interlace.engine.input_processor import InputProcessor, PreparedRequest, Prompt, RequestOptions
 from interlace.engine.output_processor import OutputProcessor
 from interlace.engine.output_state import ActiveRequest, Sink
+from interlace.engine.startup import StartupProgress
 from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import RequestOutput, SamplingParams, StepOutput
@@ -42,8 +43,10 @@ class Front:
         self._closing = threading.Lock()
         self._closed = False
         started = self.clock.now()
+        self._progress = StartupProgress()
         try:
-            self.info: ExecutorInfo = self._client.start(self._on_output, self._on_death, self._on_event)
+            with self._progress:
+                self.info: ExecutorInfo = self._client.start(self._on_output, self._on_death, self._on_event)
         except BaseException:
             self._client.shutdown()
             raise
@@ -186,7 +189,10 @@ class Front:
         self._deliver_death(error)
 
     def _on_event(self, event: ExecutorEvent) -> None:
-        logger.warning("executor: %s: %s", event.kind, event.message)
+        if event.kind == "progress":
+            self._progress.show(event)
+        else:
+            logger.warning("executor: %s: %s", event.kind, event.message)
 
     def _deliver_death(self, error: EngineDeadError) -> None:
         for sink, requests in self._outputs.fail(error).items():

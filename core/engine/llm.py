@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from interlace.clock import Clock
 from interlace.config import LoadedSettings, load_settings
 from interlace.engine.front import Front
-from interlace.engine.input_processor import Message, Prompt, RequestOptions
+from interlace.engine.input_processor import Message, PreparedRequest, Prompt, RequestOptions
 from interlace.engine.output_state import ActiveRequest
 from interlace.errors import InvalidRequestError
 from interlace.messages import RequestOutput, SamplingParams
@@ -86,24 +88,71 @@ class LLM:
         later has `finish_reason` "error" and `.error`, and does not hurt the others. Raises `EngineDeadError`. On
         Ctrl-C the outstanding requests are aborted and the engine stays usable.
         """
-        many = _as_list(prompts)
-        options = [
-            RequestOptions(priority=one, timeout=timeout, cache_salt=cache_salt, labels=labels or {})
-            for one in _spread("priority", priority, len(many))
-        ]
-        prepared = [
-            self.front.prepare(prompt, one, options=options[i], index=i, chat_options=chat_options)
-            for i, (prompt, one) in enumerate(zip(many, _spread("params", params, len(many)), strict=True))
-        ]
-        batch = _Batch()
+        options = RequestOptions(timeout=timeout, cache_salt=cache_salt, labels=labels or {})
+        prepared = self._prepare(prompts, params, priority, options, chat_options)
+        inbox = _Inbox()
         requests: list[ActiveRequest] = []
         try:
-            requests = batch.expect(self.front.submit(prepared, batch, streaming=False))
-            _wait(batch, requests, progress and sys.stderr.isatty())
+            requests = self.front.submit(prepared, inbox, streaming=False)
+            _wait(inbox, requests, progress and sys.stderr.isatty())
         except BaseException:
             self.front.abort(requests)
             raise
         return [self.front.whole(request) for request in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        *,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        labels: dict[str, str] | None = None,
+        chat_options: Mapping[str, Any] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """As `generate`, but yields (index of the prompt, delta) while the answers grow.
+
+        The last delta of a prompt has `finished`; one that failed has `finish_reason` "error". Leaving the loop, also
+        by Ctrl-C, aborts what is outstanding. Errors are raised at the first step of the iteration."""
+        options = RequestOptions(timeout=timeout, cache_salt=cache_salt, labels=labels or {})
+        prepared = self._prepare(prompts, params, priority, options, chat_options)
+        inbox = _Inbox()
+        requests: list[ActiveRequest] = []
+        try:
+            requests = self.front.submit(prepared, inbox, streaming=True)
+            index = {request: i for i, request in enumerate(requests)}
+            while index:
+                for request in inbox.wait(None):
+                    delta = self.front.take(request)
+                    if delta is None:
+                        continue
+                    yield index[request], delta
+                    if delta.finished:
+                        del index[request]
+        finally:
+            self.front.abort(requests)
+
+    def _prepare(
+        self,
+        prompts: Any,
+        params: Any,
+        priority: Any,
+        options: RequestOptions,
+        chat_options: Mapping[str, Any] | None,
+    ) -> list[PreparedRequest]:
+        many = _as_list(prompts)
+        each = zip(many, _spread("params", params, len(many)), _spread("priority", priority, len(many)), strict=True)
+        return [
+            self.front.prepare(
+                prompt,
+                one,
+                options=msgspec.structs.replace(options, priority=urgency),
+                index=i,
+                chat_options=chat_options,
+            )
+            for i, (prompt, one, urgency) in enumerate(each)
+        ]
 
     def chat(
         self,
@@ -157,36 +206,32 @@ def load_constructor(
     return load_settings(constructor=given, config_file=config), objects
 
 
-class _Batch:
-    """The sink of one call: waits until all its requests have ended."""
+class _Inbox:
+    """The sink of one call."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._ended: set[ActiveRequest] = set()
-        self._expected: list[ActiveRequest] = []
+        self._news: dict[ActiveRequest, None] = {}
 
     def deliver(self, requests: list[ActiveRequest]) -> None:
         with self._changed:
-            self._ended.update(requests)
+            self._news.update(dict.fromkeys(requests))
             self._changed.notify_all()
 
-    def expect(self, requests: list[ActiveRequest]) -> list[ActiveRequest]:
-        self._expected = requests
-        return requests
-
-    @property
-    def num_ended(self) -> int:
-        return len(self._ended)
-
-    def wait(self, timeout: float | None) -> bool:
-        """Whether all have ended, waiting up to `timeout` seconds for it."""
+    def wait(self, timeout: float | None) -> list[ActiveRequest]:
+        """The requests with news, waiting up to `timeout` seconds for any."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._ended) == len(self._expected), timeout)
+            self._changed.wait_for(lambda: self._news, timeout)
+            news, self._news = list(self._news), {}
+        return news
 
 
-def _wait(batch: _Batch, requests: list[ActiveRequest], progress: bool) -> None:
+def _wait(inbox: _Inbox, requests: list[ActiveRequest], progress: bool) -> None:
+    """Until all have ended, with a bar on stderr if wanted."""
+    running = set(requests)
     if not progress:
-        batch.wait(None)
+        while running:
+            running.difference_update(inbox.wait(None))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -194,12 +239,11 @@ def _wait(batch: _Batch, requests: list[ActiveRequest], progress: bool) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("Generating", total=len(requests), rate="")
-        done = False
-        while not done:
-            done = batch.wait(REFRESH_S)
+        while running:
+            running.difference_update(inbox.wait(REFRESH_S))
             tokens = sum(request.num_output_tokens for request in requests)
-            elapsed = bar.tasks[0].elapsed or REFRESH_S
-            bar.update(task, completed=batch.num_ended, rate=f"{tokens / elapsed:,.0f} tok/s")
+            rate = tokens / (bar.tasks[0].elapsed or REFRESH_S)
+            bar.update(task, completed=len(requests) - len(running), rate=f"{rate:,.0f} tok/s")
 
 
 def _as_list(prompts: Any) -> list[Any]:

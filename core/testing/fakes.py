@@ -20,15 +20,22 @@ class ScriptedClient(EngineClient):
     """An engine whose answers are known beforehand: `answer(request)` are the tokens of that request.
 
     A request ends where a token is one of its EOS or stop ids, at `max_tokens`, or with its script (reason `length`).
-    With `auto` a thread makes steps while there is work; otherwise the test calls `step()`.
+    With `auto` a thread makes steps while there is work, `pause` seconds apart; otherwise the test calls `step()`.
     """
 
     def __init__(
-        self, answer: Answer, *, auto: bool = True, tokens_per_step: int = 1, clock: Clock | None = None
+        self,
+        answer: Answer,
+        *,
+        auto: bool = True,
+        tokens_per_step: int = 1,
+        pause: float = 0.0,
+        clock: Clock | None = None,
     ) -> None:
         self._answer = answer
         self._auto = auto
         self._tokens_per_step = tokens_per_step
+        self._pause = pause
         self._clock = clock or VirtualClock()
         self._changed = threading.Condition()
         self._scripts: dict[str, tuple[EngineRequest, list[int]]] = {}
@@ -124,6 +131,8 @@ class ScriptedClient(EngineClient):
     def _check_alive(self) -> None:
         if self._dead is not None:
             raise EngineDeadError(*self._dead.args) from self._dead.__cause__
+        if self._stopped:
+            raise EngineDeadError("the engine was shut down")
 
     def _end(self, request_id: str, info: FinishInfo) -> None:
         if self._scripts.pop(request_id, None) is not None:
@@ -133,6 +142,8 @@ class ScriptedClient(EngineClient):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._dead or self._scripts or self._finished)
+                if self._pause:
+                    self._changed.wait_for(lambda: self._stopped, self._pause)
                 if self._stopped or self._dead:
                     return
             self.step()

@@ -1,0 +1,44 @@
+"""A bar on the terminal while an engine starts."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from interlace.interfaces.executor import ExecutorEvent
+
+
+class StartupProgress:
+    """Shows `progress` events of the executor on stderr while the context is open; nothing where it is no terminal.
+
+    Events may come from any thread."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def show(self, event: ExecutorEvent) -> None:
+        """A `progress` event with `done` and `total` in its detail; others and late ones are ignored."""
+        bar = self._bar
+        if bar is None or event.kind != "progress":
+            return
+        if event.message not in self._tasks:
+            self._tasks[event.message] = bar.add_task(event.message.capitalize())
+        bar.update(self._tasks[event.message], completed=event.detail.get("done"), total=event.detail.get("total"))
