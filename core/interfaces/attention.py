@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
+
     from interlace.worker.batch import ForwardBatch
 
 
