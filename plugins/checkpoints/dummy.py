@@ -71,7 +71,8 @@ class DummyCheckpoint(Checkpoint):
         config = self.config()
         dtype = getattr(torch, config.dtype)
         for name, shape in self._shapes.items():
-            generator = torch.Generator().manual_seed(self.options.seed * 2**32 + zlib.crc32(name.encode()))
+            # torch's CPU generator takes 32 bits of a seed
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.options.seed} {name}".encode()))
             if len(shape) > 1:  # keeps the size of activations: the logits stay finite at any depth
                 tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
             elif name.endswith("norm.weight") and not config.architecture.startswith("Gemma"):
