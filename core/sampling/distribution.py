@@ -136,7 +136,7 @@ def _search(
     top_k = torch.tensor([[shapes[row].top_k] for row in rows], device=mass.device)
     top_p = _column([shapes[row].top_p for row in rows], mass, torch.float64)
     if width <= _MAX_WIDTH:
-        weights, token_ids = _largest(mass, min(width, mass.shape[1]))  # descending
+        weights, token_ids = largest(mass, min(width, mass.shape[1]))  # descending
         if limited:
             weights = torch.softmax(weights.masked_fill(weights < weights.gather(1, top_k - 1), -math.inf), dim=1)
         weights = weights.masked_fill(weights < _least_likely(weights, top_p), 0.0)
@@ -190,7 +190,7 @@ def _by_token_id(rows: list[int], token_ids: torch.Tensor, weights: torch.Tensor
     return Candidates(rows, token_ids, weights[:, :count].gather(1, order))
 
 
-def _largest(values: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(values: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.topk` of each row: values in descending order, and their columns.
 
     For a small width, first the blocks with the largest maxima are found, then the best of their members: the

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from interlace.messages import TokenLogprobs
+from interlace.sampling.distribution import largest
 from interlace.sampling.params import MAX_LOGPROBS
 
 _ROWS_AT_ONCE = 64
@@ -31,8 +32,8 @@ def select_logprobs(logprobs: torch.Tensor, token_ids: Sequence[int], counts: Se
     top_values: list[list[float]] = [[]] * len(values)
     if any(counts):
         # Always the same width: which of several equal tokens come first must not depend on the other rows.
-        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
-        top_ids, top_values = top.indices.tolist(), top.values.tolist()
+        best, columns = largest(logprobs, min(MAX_LOGPROBS, logprobs.shape[1]))
+        top_ids, top_values = columns.tolist(), best.tolist()
     return [
         TokenLogprobs([token, *top_ids[row][:count]], [values[row], *top_values[row][:count]], ranks[row])
         for row, (token, count) in enumerate(zip(token_ids, counts, strict=True))

@@ -323,9 +323,10 @@ def test_processor_cannot_change_the_tokens_it_looks_at():
 # ── log probabilities ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_logprobs_are_of_the_raw_distribution():
+@pytest.mark.parametrize("vocab", [VOCAB, 8192])
+def test_logprobs_are_of_the_raw_distribution(vocab):
     """Whatever changes the logits afterwards."""
-    logits = logits_of(1)
+    logits = logits_of(1, vocab)
     raw = torch.log_softmax(logits.double(), dim=1)[0]
     params = SamplingParams(temperature=0.3, logprobs=5, allowed_token_ids=[7], logit_bias={7: 50.0})
     result = sample_one(logits, params)
