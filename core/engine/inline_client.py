@@ -64,6 +64,7 @@ class InlineClient(EngineClient):
         self._thread: threading.Thread | None = None
         self._calls = PendingCalls()
         self._dead: EngineDeadError | None = None
+        self._stopping = False
 
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
         ready: Future[ExecutorInfo] = Future()
@@ -80,6 +81,8 @@ class InlineClient(EngineClient):
         try:
             executor, info = self._start_executor(on_event or _ignore)
             self._loop = EngineLoop(self._build_core(info), executor, self._clock, on_output, self._calls.resolve)
+            if self._stopping:  # `shutdown` came before there was a loop to tell
+                self._loop.post(Stop())
             ready.set_result(info)
             self._loop.run()
             self._dead = EngineDeadError("the engine was shut down")
@@ -130,6 +133,7 @@ class InlineClient(EngineClient):
         thread = self._thread
         if thread is None:
             return
+        self._stopping = True
         if self._loop is not None and self._dead is None:
             self._loop.post(Stop())
         if thread is not threading.current_thread():
