@@ -12,7 +12,7 @@ from interlace.engine.core import EngineCore
 from interlace.events import Events
 from interlace.interfaces.executor import Executor, ExecutorInfo
 from interlace.plugin_manager import PluginManager
-from interlace.resolve import check_portable, open_checkpoint, resolve
+from interlace.resolve import check_portable, open_tokenizer, resolve
 from interlace.spec import ResolvedSpec
 from interlace.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def assemble(
     spec = resolve(loaded, manager)
     process = loaded.settings.engine.process
     client = make_client(spec, default_process if process == "auto" else process, clock)
-    return Assembly(loaded, spec, manager, open_checkpoint(spec).tokenizer(), client, clock)
+    return Assembly(loaded, spec, manager, open_tokenizer(loaded, spec), client, clock)
 
 
 def make_client(spec: ResolvedSpec, process: str, clock: Clock) -> EngineClient:

@@ -197,9 +197,6 @@ class PluginSettings(Section):
         default=[],
         description="Requirements such as `interlace-sjf>=0.2` that must be installed and load, or nothing starts.",
     )
-    checked: bool = Field(
-        default=False, description="Guard what plugins are given against writing; slower, for developing plugins."
-    )
 
     @field_validator("require")
     @classmethod

@@ -41,7 +41,7 @@ def agreement(reference: Reference, token_ids: Sequence[int]) -> tuple[Agreement
 
 
 def transformers_greedy(
-    model: Any, prompt_token_ids: list[int], max_tokens: int, eos_token_ids: Sequence[int]
+    model: Any, prompt_token_ids: list[int], max_tokens: int, eos_token_ids: Sequence[int] = ()
 ) -> Reference:
     """Greedy decoding of one prompt alone with a transformers causal language model, one token at a time."""
     import torch

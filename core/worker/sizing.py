@@ -114,7 +114,8 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:
                 reason = "not batch-invariant, and deterministic is set"
             if reason is None:
                 ops[op] = getattr(provider, op)
-                won.setdefault(component.name, []).append(op)
+                how = provider.describe(op)
+                won.setdefault(component.name, []).append(f"{op} ({how})" if how else op)
                 break
             against[f"not {component.name} for {op}: {reason}"] = None
     if kernel_spec.weights not in ("auto", "float32", "bf16") and "make_linear" not in ops:

