@@ -253,6 +253,8 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], include_in_output: bool = False) -> None:
         self._stops = stops
         self._include = include_in_output
+        self._longest = max(map(len, stops))
+        self._first_chars = {stop[0] for stop in stops}
         self._held = ""
         self.matched: str | None = None
 
@@ -277,9 +279,8 @@ class StopStrings:
 
     def _possible_start(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
+        tail = text[max(0, len(text) - self._longest + 1) :]
+        for start, char in enumerate(tail):
+            if char in self._first_chars and any(stop.startswith(tail[start:]) for stop in self._stops):
+                return len(tail) - start
         return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from interlace.assemble import Assembly, assemble
-from interlace.clock import Clock
+from interlace.clock import Clock, MonotonicClock
 from interlace.config import LoadedSettings, effective
 from interlace.engine.client import EngineHealth
 from interlace.engine.input_processor import InputProcessor, PreparedRequest, Prompt, RequestOptions
@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 class Front:
     """One started engine seen from the user's side. Thread-safe."""
 
-    def __init__(self, assembly: Assembly) -> None:
-        """Start the engine of `assembly` and wait until it is ready. Raises the true cause when it cannot start."""
+    def __init__(self, assembly: Assembly, began: float | None = None) -> None:
+        """Start the engine of `assembly` and wait until it is ready. Raises the true cause when it cannot start.
+
+        `began` is when assembling began, for the report of the start."""
         self.loaded = assembly.loaded
         self.spec = assembly.spec
         self.tokenizer = assembly.tokenizer
@@ -42,7 +44,8 @@ class Front:
         self._ids = itertools.count()
         self._closing = threading.Lock()
         self._closed = False
-        started = self.clock.now()
+        assembled = self.clock.now()
+        began = assembled if began is None else began
         self._progress = StartupProgress()
         try:
             with self._progress:
@@ -50,7 +53,8 @@ class Front:
         except BaseException:
             self._client.shutdown()
             raise
-        self.startup_time = self.clock.now() - started
+        self.timings = {"assemble": assembled - began, **self.info.timings, "total": self.clock.now() - began}
+        """Seconds of the start by part; `total` also has what no part claims."""
         for subject, text in self.report():
             logger.info("%s: %s", subject, text)
         self._events.on_engine_start(effective(assembly.loaded))
@@ -65,7 +69,9 @@ class Front:
         clock: Clock | None = None,
     ) -> Self:
         """Assemble and start an engine. `default_process`: where it runs when the settings leave it open."""
-        return cls(assemble(loaded, default_process=default_process, clock=clock, plugins=plugins))
+        clock = clock or MonotonicClock()
+        began = clock.now()
+        return cls(assemble(loaded, default_process=default_process, clock=clock, plugins=plugins), began)
 
     # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,8 +157,8 @@ class Front:
         lines += [(choice.kind, _choice(choice.name, choice.reason)) for choice in self.info.selections]
         size = kv.num_blocks * kv.bytes_per_block / 2**20
         lines.append(("kv cache", f"{kv.num_blocks} blocks of {kv.block_size} tokens, {size:,.0f} MiB"))
-        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.info.timings.items())
-        lines.append(("started in", f"{self.startup_time:.2f} s" + (f" ({parts})" if parts else "")))
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.timings.items() if part != "total")
+        lines.append(("started in", f"{self.timings['total']:.2f} s ({parts})"))
         return lines
 
     def shutdown(self) -> None:

@@ -298,7 +298,7 @@ def test_the_start_is_logged(caplog):
         assert "model: fake (FakeForCausalLM), float32 on cpu, up to 128 tokens" in text
         assert "scheduler: fake (for a test)" in text
         assert "kv cache: 1024 blocks of 16 tokens, 4 MiB" in text
-        assert "started in: 0.00 s (import 0.10 s, weights 0.20 s)" in text
+        assert "started in: 0.00 s (assemble 0.00 s, import 0.10 s, weights 0.20 s)" in text
         assert llm.front.health().status == "ok"
 
 
