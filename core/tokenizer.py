@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+
 from interlace.chat_template import ChatTemplate
 from interlace.clock import local_time
 from interlace.errors import CheckpointError, InvalidRequestError

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
+
     from interlace.model_config import ModelConfig
     from interlace.tokenizer import Tokenizer
 
