@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from interlace.clock import MonotonicClock
 from interlace.interfaces.executor import Executor, ExecutorEvent, ExecutorInfo
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ class UniprocessExecutor(Executor):
     _worker: Worker | None = None
 
     def start(self, spec: ResolvedSpec, on_event: Callable[[ExecutorEvent], None]) -> ExecutorInfo:
+        clock = MonotonicClock()
+        began = clock.now()
         from interlace.worker.worker import Worker
 
-        self._worker = Worker(spec, on_event)
-        return self._worker.start()
+        self._worker = Worker(spec, on_event, clock)
+        return self._worker.start(began)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         future: Future[StepResult] = Future()
