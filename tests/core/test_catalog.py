@@ -47,7 +47,8 @@ def test_the_nearest_name_is_offered():
         resolve_model("smolm2")
 
 
-def test_offline():
+def test_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ModelNotFoundError, match=r"the hub gave nothing \(OfflineModeIsEnabled.*It must be reached once"
     ):
