@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 from collections import deque
 from collections.abc import Callable
@@ -149,6 +150,8 @@ class EngineLoop:
                     num_waiting=len(core.queues.waiting) + len(core.queues.blocked),
                     steps=self._steps,
                 )
+            case "process_id":
+                return os.getpid()
             case "reset_prefix_cache":
                 return core.reset_prefix_cache()
             case "check_integrity":
