@@ -87,7 +87,7 @@ class EngineCore:
         self._watchdog = StarvationWatchdog(scheduler_name, limits.starvation_timeout_s)
         self._steps: deque[InFlightStep] = deque()
         self._next_step_id = 0
-        self._now = 0.0  # of the plan being made
+        self._ended_in_plan: list[RequestState] = []  # the policy hears of them after its `plan` has returned
         self._deadlines: list[tuple[float, str]] = []
         self._wake_time: float | None = None
         self._out = OutputBuffer()
@@ -151,13 +151,18 @@ class EngineCore:
         self._wake_time = None
         if len(self._steps) >= self.max_in_flight or not (self.queues.running or len(self.queues.waiting)):
             return None
-        self._now = now
-        step = StepBuilder(self.queues, self.kv, self._limits, now, self._feeds_tokens, self._end_with_error)
-        self._policy.plan(step, bool(self._steps))
+        step = StepBuilder(self.queues, self.kv, self._limits, now, self._feeds_tokens, self._end_in_plan)
+        self._policy.plan(step, bool(self._steps), len(self.queues.requests))
+        step.close()
         self._wake_time = step.wake_time
         self._prefix_queries += step.prefix_queries
         self._prefix_hits += step.prefix_hits
-        return self._seal(step, now) if step.rows else None
+        plan = self._seal(step, now) if step.rows else None
+        self._watchdog.check(now, self.queues)
+        ended, self._ended_in_plan = self._ended_in_plan, []
+        for state in ended:
+            self._guard("on_finish", state, now)
+        return plan
 
     def _seal(self, step: StepBuilder, now: float) -> StepPlan:
         """Turn a composed step into a plan, publish the blocks it fills, and remember it as under way."""
@@ -235,7 +240,6 @@ class EngineCore:
                 self._append(state, tokens, result, row, now)
         if self._reports_updates and not self._policy.replaced:
             self._guard("on_update", StepProgress(result.duration, confirmed, num_new_tokens), now)
-        self._watchdog.check(now, self.queues)
         return self._out.take(result.step_id, now, self._stats(step, result, now))
 
     def _append(self, state: RequestState, tokens: list[int], result: StepResult, row: int, now: float) -> None:
@@ -250,6 +254,7 @@ class EngineCore:
                 break
         logprobs = result.logprobs.get(row) if result.logprobs else None
         self._out.add_tokens(state.id, tokens, logprobs)
+        self._policy.fruitless = 0
         if finish is not None:
             self._finish(state, finish, now)
         elif state.num_known // self.kv.block_size > state.num_published and self._steps:
@@ -281,15 +286,21 @@ class EngineCore:
 
     # ── endings ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _finish(self, state: RequestState, info: FinishInfo, now: float) -> None:
+    def _remove(self, state: RequestState, info: FinishInfo) -> None:
         self.kv.free(state)
         self.queues.finish(state)
         self._out.finished[state.id] = info
+
+    def _finish(self, state: RequestState, info: FinishInfo, now: float) -> None:
+        self._remove(state, info)
         self._guard("on_finish", state, now)
 
-    def _end_with_error(self, state: RequestState, message: str, code: str, now: float | None = None) -> None:
-        info = FinishInfo(reason="error", error=message, error_code=code, num_preemptions=state.num_preemptions)
-        self._finish(state, info, self._now if now is None else now)
+    def _end_with_error(self, state: RequestState, message: str, code: str, now: float) -> None:
+        self._finish(state, _error(state, message, code), now)
+
+    def _end_in_plan(self, state: RequestState, message: str, code: str) -> None:
+        self._remove(state, _error(state, message, code))
+        self._ended_in_plan.append(state)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -310,8 +321,8 @@ class EngineCore:
 
     def next_wakeup(self) -> float | None:
         """When `plan` should be called again even if nothing happens until then."""
-        times = [time for time in (self._wake_time, self._deadlines[0][0] if self._deadlines else None) if time]
-        return min(times, default=None)
+        times = (self._wake_time, self._deadlines[0][0] if self._deadlines else None)
+        return min((time for time in times if time is not None), default=None)
 
     def pending_output(self, now: float) -> StepOutput | None:
         """What became known outside a step (aborts, rejections, deadlines), or None."""
@@ -370,3 +381,7 @@ def _admission(state: RequestState, hit_tokens: int) -> Admission:
         sample_index=state.request.sample_index,
         stop_token_ids=tuple(state.stop_set),
     )
+
+
+def _error(state: RequestState, message: str, code: str) -> FinishInfo:
+    return FinishInfo(reason="error", error=message, error_code=code, num_preemptions=state.num_preemptions)

@@ -11,19 +11,24 @@ logger = logging.getLogger("interlace.scheduling")
 
 MAX_FAILURES = 10
 """After this many failed steps in a row, the fallback stays in charge."""
+MAX_PREEMPTIONS = 4
+"""Preemptions per unfinished request (and for 16 requests more) without any request gaining a token, after which the
+fallback stays in charge: a policy that takes back whatever it starts would never finish anything."""
 
 
 class GuardedPolicy:
     """Runs a policy so that its mistakes cost speed or fairness, never a request.
 
     A policy fails a step by raising, by making too many calls, or by planning nothing although something could run
-    and it did not ask to be woken. Its valid partial plan is kept and completed by the fallback.
+    and it did not ask to be woken. Its valid partial plan is kept and completed by the fallback. It is replaced for
+    good when it fails too often in a row, or preempts without end.
     """
 
     def __init__(self, policy: Scheduler, name: str) -> None:
         self.policy = policy
         self.name = name
         self.failures = 0  # in a row
+        self.fruitless = 0  # preemptions since any request gained a token
         self.degraded: str | None = None
 
     @property
@@ -31,11 +36,17 @@ class GuardedPolicy:
         """Whether the fallback is in charge for good."""
         return self.failures >= MAX_FAILURES
 
-    def plan(self, step: StepBuilder, anything_in_flight: bool) -> None:
+    def plan(self, step: StepBuilder, anything_in_flight: bool, num_requests: int) -> None:
         """Let the policy compose `step`, and complete it where the policy failed."""
         if self.replaced:
             complete(step)
             return
+        self._compose(step, anything_in_flight)
+        self.fruitless += len(step.preempted)
+        if self.fruitless > MAX_PREEMPTIONS * (num_requests + 16):
+            self._replace(f"it preempted {self.fruitless} times and no request gained a token")
+
+    def _compose(self, step: StepBuilder, anything_in_flight: bool) -> None:
         try:
             self.policy.plan(step)
         except Exception as error:
@@ -54,11 +65,15 @@ class GuardedPolicy:
         if self.failures in (1, MAX_FAILURES):
             logger.error("scheduler '%s' failed a step: %s", self.name, reason, exc_info=error)
         if self.replaced:
-            self.degraded = (
-                f"scheduler '{self.name}' failed {self.failures} steps in a row ({reason}); "
-                "the fallback (arrival order, no preemption) is in charge until a restart"
-            )
-            logger.error("%s", self.degraded)
+            self._replace(f"it failed {self.failures} steps in a row: {reason}")
+
+    def _replace(self, reason: str) -> None:
+        self.failures = MAX_FAILURES
+        self.degraded = (
+            f"scheduler '{self.name}' was replaced by the fallback (arrival order, no preemption) until a restart: "
+            f"{reason}"
+        )
+        logger.error("%s", self.degraded)
 
 
 def complete(step: StepBuilder) -> None:
@@ -68,7 +83,7 @@ def complete(step: StepBuilder) -> None:
     short = step.continue_running()
     if short and not step.rows and not step.preempted:
         # Nothing else would ever free a block: the youngest gives way.
-        step.preempt(max(short, key=lambda request: request.arrival_time))
+        step.preempt(max(reversed(short), key=lambda request: request.arrival_time))
         for request in short:
             step.schedule(request)
     for request in sorted(step.waiting, key=lambda request: request.arrival_time):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import contextlib
+import logging
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 from interlace.request import RequestState, Status
 
+logger = logging.getLogger("interlace.scheduling")
+
 
 class WaitingQueue:
-    """Requests that could be admitted, kept sorted by (order key, time of adding). Sorting is incremental."""
+    """Requests that could be admitted, kept sorted by (order key, time of adding). Sorting is incremental.
+
+    The order key is the policy's: where it raises, or gives keys that cannot be compared, arrival order takes over.
+    """
 
     def __init__(self, order_key: Callable[[RequestState], Any]) -> None:
         self._order_key = order_key
+        self._by_arrival = False
         self._serial = 0
         self._keys: list[tuple[Any, int]] = []
         self._requests: list[RequestState] = []
@@ -26,24 +34,40 @@ class WaitingQueue:
 
     def add(self, request: RequestState) -> None:
         """Insert at the place its order key gives; a preempted request returns to where it was."""
-        if request.order == (0, 0):
+        try:
+            self._insert(request)
+        except Exception:
+            logger.exception("the scheduler's order_key cannot sort requests; arrival order is used from now on")
+            self._by_arrival = True
+            requests, self._keys, self._requests = self._requests, [], []
+            for other in (*requests, request):
+                self._insert(other)
+
+    def _insert(self, request: RequestState) -> None:
+        """Raises what the order key raises, and then has changed nothing."""
+        if not request.order[1]:
             self._serial += 1
-            request.order = (self._order_key(request), self._serial)
+            request.order = (request.arrival_time if self._by_arrival else self._order_key(request), self._serial)
+        elif self._by_arrival:
+            request.order = (request.arrival_time, request.order[1])
         order: tuple[Any, int] = request.order
-        if not self._keys or order > self._keys[-1]:  # the common case: a new arrival goes last
-            self._keys.append(order)
-            self._requests.append(request)
-            return
-        index = bisect_left(self._keys, order)
-        insort(self._keys, order)
+        # The common case first: a new arrival goes last.
+        last = not self._keys or order > self._keys[-1]
+        index = len(self._keys) if last else bisect_left(self._keys, order)
+        self._keys.insert(index, order)
         self._requests.insert(index, request)
 
     def remove(self, request: RequestState) -> None:
-        index = bisect_left(self._keys, request.order)
-        if index >= len(self._requests) or self._requests[index] is not request:
-            raise KeyError(f"{request!r} is not waiting")
+        index = self._find(request)
         del self._keys[index]
         del self._requests[index]
+
+    def _find(self, request: RequestState) -> int:
+        with contextlib.suppress(Exception):  # beyond the end, or keys that cannot be compared
+            index = bisect_left(self._keys, request.order)
+            if self._requests[index] is request:
+                return index
+        return self._requests.index(request)  # keys such as NaN do not sort
 
 
 class Queues:

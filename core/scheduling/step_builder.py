@@ -17,11 +17,15 @@ from interlace.scheduling.queues import Queues
 from interlace.spec import SchedulerLimits
 
 CALLS_PER_REQUEST = 16
-"""A policy may call this many primitives per unfinished request in one step (and for 16 requests more)."""
+"""A policy may use the builder this many times per unfinished request in one step (and for 16 requests more)."""
 
 
 class PolicyRunawayError(Exception):
     """The policy made more calls than any sensible plan needs; the fallback completes the step."""
+
+
+class StaleBuilderError(Exception):
+    """A builder was used after the step it was made for."""
 
 
 class StepBuilder:
@@ -51,6 +55,7 @@ class StepBuilder:
         self._feeds_tokens = feeds_tokens
         self._end_request = end_request
         self._calls_left = CALLS_PER_REQUEST * (len(queues.requests) + 16)
+        self._closed = False
         self._pending: set[bytes] = set()  # prefix blocks being computed in this step
         self._blocks_were_short = False
         self._admission_closed = False
@@ -64,11 +69,13 @@ class StepBuilder:
 
     @property
     def waiting(self) -> Sequence[RequestState]:
+        self._count_call()
         waiting = self._queues.waiting.snapshot()
         return [request for request in waiting if request not in self.preempted] if self.preempted else waiting
 
     @property
     def running(self) -> Sequence[RequestState]:
+        self._count_call()
         return list(self._queues.running)
 
     def cached_tokens(self, request: RequestView) -> int:
@@ -84,6 +91,7 @@ class StepBuilder:
         if self.token_budget_left < 1:
             return False
         if state.status is Status.RUNNING:
+            self._kv.trim(state)
             todo = self._todo(state)
             end = state.num_planned + self._chunk(todo, None)
             return todo > 0 and self._kv.num_missing(state, end) <= self._kv.pool.num_free
@@ -97,9 +105,13 @@ class StepBuilder:
     # ── what a policy may do ──────────────────────────────────────────────────────────────────────────────────
 
     def wake_at(self, time: float) -> None:
+        self._count_call()
+        if not math.isfinite(time):
+            raise ValueError(f"wake_at({time}): the time must be a finite number of clock seconds")
         self.wake_time = time if self.wake_time is None else min(self.wake_time, time)
 
     def continue_running(self, order: Callable[[RequestView], Any] | None = None) -> Sequence[RequestState]:
+        self._count_call()
         running = list(self._queues.running) if order is None else sorted(self._queues.running, key=order)
         short: list[RequestState] = []
         prefills: list[RequestState] = []
@@ -163,13 +175,23 @@ class StepBuilder:
         """A fresh allowance of calls, for the fallback."""
         self._calls_left = CALLS_PER_REQUEST * (len(self._queues.requests) + 16)
 
+    def close(self) -> None:
+        """The step is composed: whoever kept the builder gets an error from now on."""
+        self._closed = True
+
     # ── mechanism ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _own(self, request: RequestView) -> RequestState | None:
-        """The engine's own record of `request`, or None if it is over. Counts the call."""
+    def _count_call(self) -> None:
+        """Every use by the policy passes here."""
+        if self._closed:
+            raise StaleBuilderError("a StepBuilder is valid only during the `plan` call that it is given to")
         self._calls_left -= 1
         if self._calls_left < 0:
             raise PolicyRunawayError("the policy made too many calls in one step")
+
+    def _own(self, request: RequestView) -> RequestState | None:
+        """The engine's own record of `request`, or None if it is over. Counts the call."""
+        self._count_call()
         state = self._queues.requests.get(request.id)
         return state if state is request else None
 
@@ -184,7 +206,7 @@ class StepBuilder:
         """How many of `todo` tokens this step may compute."""
         chunk = min(todo, self.token_budget_left)
         if max_tokens is not None:
-            chunk = min(chunk, max_tokens)
+            chunk = min(chunk, math.floor(max_tokens))  # a policy may well compute it as a share
         threshold = self._limits.long_prefill_token_threshold
         return min(chunk, threshold) if threshold else chunk
 
@@ -196,6 +218,8 @@ class StepBuilder:
         chunk = self._chunk(todo, max_tokens)
         if self._kv.num_missing(state, state.num_planned + chunk) > self._kv.pool.num_free:
             if len(self._queues.running) == 1 and not self._kv.pool.num_pins:
+                if state.samples_in_flight:  # it may be about to stop
+                    return Outcome.NOT_READY
                 self._end_for_capacity(state)
                 return Outcome.DONE
             self._blocks_were_short = True
@@ -265,7 +289,9 @@ class StepBuilder:
 
     def _end(self, state: RequestState, message: str, code: str) -> None:
         self._undo(state)
-        self.admitted.pop(state, None)
+        if state in self.admitted:  # no worker has heard of it, so none must hear of its end
+            del self.admitted[state]
+            self._queues.withdraw_admission(state)
         self._end_request(state, message, code)
 
     def _end_for_capacity(self, state: RequestState) -> None:

@@ -13,7 +13,7 @@ class Fcfs(Scheduler):
     def plan(self, step: StepBuilder) -> None:
         for request in step.continue_running():
             while step.schedule(request) is Outcome.BLOCKS:
-                victim = max(step.running, key=self.order_key)
+                victim = max(reversed(step.running), key=self.order_key)  # among equals, the last one admitted
                 step.preempt(victim)
                 if victim is request:
                     break
