@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# Read by huggingface_hub when it is imported, so it must stand before any test module imports that.
+os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,7 +28,6 @@ def clean_environment() -> Iterator[None]:
         for name in list(os.environ):
             if name.startswith("INTERLACE_"):
                 patch.delenv(name)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield
 

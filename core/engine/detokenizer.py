@@ -41,7 +41,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
         self._texts: dict[int, str] = {}
-        decoder = json.loads(tokenizer.backend.to_str())["decoder"]
+        # The decoder alone: the text form of a whole tokenizer takes a second for 262,144 tokens.
+        decoder = json.loads(tokenizer.backend.decoder.__getstate__()) if tokenizer.backend.decoder else None
         self._byte_level = _BytePieces(tokenizer) if _is_byte_level(decoder) else None
         rule = _fallback_rule(decoder)
         self._fallback = _FallbackPieces(tokenizer, *rule[:2]) if rule else None
