@@ -20,6 +20,7 @@ from interlace.errors import InterlaceError, did_you_mean
 COMMANDS = {
     "generate": "answer prompts and print the results",
     "chat": "talk to a model",
+    "bench": "measure throughput and latency",
     "models": "list the models that are installed",
     "plugins": "list plugins: what is installed, selected, blocked or broken",
     "config": "show, explain and check the configuration",
