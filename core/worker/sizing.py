@@ -22,6 +22,8 @@ from interlace.worker.memory import format_bytes, free_memory
 
 logger = logging.getLogger("interlace.worker")
 
+NOT_INVARIANT = "not batch-invariant, which deterministic = true demands"
+
 
 class AttentionPlan(msgspec.Struct, frozen=True):
     """The attention side of a worker: one backend per KV group."""
@@ -79,12 +81,18 @@ def plan_attention(spec: ResolvedSpec, model: type[Model], tensor_parallel: int 
             "attention",
             spec.attention,
             f"{layer.kind} attention of head size {layer.head_size}",
-            lambda target, layer=layer: target.supports(layer, block_size, spec.dtype, spec.device),
+            lambda target, layer=layer: _attention_refusal(target, layer, spec),
         )
         options = component.load_options(target)
         backends.append(target(options, layer, block_size, spec.dtype, spec.device))
         selections[Selection("attention", component.name, why)] = None
     return AttentionPlan(specs, groups, backends, tuple(selections))
+
+
+def _attention_refusal(target: type[AttentionBackend], layer: AttentionSpec, spec: ResolvedSpec) -> str | None:
+    if spec.deterministic and not target.batch_invariant:
+        return NOT_INVARIANT
+    return target.supports(layer, spec.cache.block_size, spec.dtype, spec.device)
 
 
 class ResolvedKernels(Kernels):
@@ -109,26 +117,35 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:
         for component, target, provider in providers:
             if getattr(target, op) is getattr(Kernels, op):
                 continue
-            reason = target.supports(op, kernel_spec)
-            if reason is None and spec.deterministic and op not in target.batch_invariant:
-                reason = "not batch-invariant, and deterministic is set"
+            reason = _op_refusal(target, op, kernel_spec)
             if reason is None:
                 ops[op] = getattr(provider, op)
                 how = provider.describe(op)
                 won.setdefault(component.name, []).append(f"{op} ({how})" if how else op)
                 break
             against[f"not {component.name} for {op}: {reason}"] = None
-    if kernel_spec.weights not in ("auto", "float32", "bf16") and "make_linear" not in ops:
-        raise PluginError(
-            f"weights = '{spec.weights}' is not supported by the kernels at hand ({'; '.join(against)}); "
-            "allowed here: auto, bf16, float32"
-        )
+    _check_reference([op for op in OPS if op not in ops], kernel_spec, list(against))
     reference = [op for op in OPS if op not in ops]
     selections = [Selection("kernels", name, ", ".join(names)) for name, names in won.items()]
     if reference:
         why = "".join(f"; {reason}" for reason in against)
         selections.append(Selection("kernels", "reference", ", ".join(reference) + why))
     return ResolvedKernels(kernel_spec, ops), tuple(selections)
+
+
+def _op_refusal(target: type[Kernels], op: str, spec: KernelSpec) -> str | None:
+    if spec.deterministic and op not in target.batch_invariant:
+        return NOT_INVARIANT
+    return target.supports(op, spec)
+
+
+def _check_reference(left: list[str], spec: KernelSpec, against: list[str]) -> None:
+    """Raise `PluginError` if ops that no provider won cannot be left to the reference."""
+    refused = {op: reason for op in left if (reason := _op_refusal(Kernels, op, spec)) is not None}
+    if refused:
+        cure = "deterministic = false" if NOT_INVARIANT in refused.values() else "weights = 'auto'"
+        details = "; ".join([*against, *(f"not the reference for {op}: {reason}" for op, reason in refused.items())])
+        raise PluginError(f"no kernels can run {', '.join(refused)} as asked: {details}. Set {cure}, or kernels.use")
 
 
 def build_context(spec: ResolvedSpec, kernels: Kernels, device: str, parallel: Parallel | None = None) -> BuildContext:
@@ -193,6 +210,6 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
 
 
 def weight_bytes(model_class: type[Model], spec: ResolvedSpec, kernels: Kernels) -> int:
-    """Size of the weights in the compute type, from a model without storage."""
-    context = build_context(spec, kernels, "meta")
-    return model_class(spec.model_config, context).num_parameters * context.dtype.itemsize
+    """Size of the weights in the type they are kept in, from a model without storage."""
+    kept: torch.dtype = getattr(torch, kernels.spec.weight_dtype)
+    return model_class(spec.model_config, build_context(spec, kernels, "meta")).num_parameters * kept.itemsize

@@ -1,0 +1,71 @@
+"""What a worker chooses and takes before it loads: kernels, attention, KV groups, blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from interlace.config import load_settings
+from interlace.errors import CapacityError, PluginError
+from interlace.kv.specs import group_layers
+from interlace.plugin_manager import PluginManager
+from interlace.resolve import resolve
+from interlace.worker.sizing import MemoryPlan, plan_memory
+
+
+def plan(**settings: object) -> MemoryPlan:
+    loaded = load_settings(constructor=settings)
+    return plan_memory(resolve(loaded, PluginManager(loaded.settings)))
+
+
+def test_the_plan_adds_up() -> None:
+    found = plan(dtype="bfloat16", cache={"memory": "256MiB"}, max_model_len=1024)
+    # 134,515,008 parameters of two bytes; a block is 30 layers x keys and values x 32 tokens x 3 heads x 64 x 2 bytes.
+    assert found.weights_bytes == 134_515_008 * 2
+    assert found.kv.bytes_per_block == 30 * 2 * 32 * 3 * 64 * 2
+    assert found.num_blocks == 256 * 2**20 // found.kv.bytes_per_block
+    assert found.kv_bytes <= 256 * 2**20
+    assert found.max_tokens == (found.num_blocks - 1) * 32
+
+
+def test_kept_weights_count_in_their_own_type() -> None:
+    assert plan(dtype="bfloat16", weights="float32").weights_bytes == 134_515_008 * 4
+
+
+def test_no_more_blocks_than_could_ever_be_used() -> None:
+    found = plan(max_model_len=64, scheduler={"max_num_seqs": 4}, cache={"memory": "256MiB"})
+    assert found.num_blocks == 1 + 4 * 2
+
+
+def test_every_choice_has_a_reason() -> None:
+    found = plan()
+    assert {choice.kind for choice in found.selections} == {"attention", "kernels"}
+    assert all(choice.reason for choice in found.selections)
+
+
+@pytest.mark.parametrize("setting", [{"deterministic": True}, {"weights": "int8"}, {"weights": "as-shipped"}])
+def test_what_no_provider_can_do_is_refused_with_reasons(setting: dict[str, object]) -> None:
+    with pytest.raises(PluginError) as raised:
+        plan(**setting)
+    assert "not torch" in str(raised.value)
+    assert "batch-invariant" in str(raised.value) or "keeps linear weights" in str(raised.value)
+
+
+def test_an_impossible_cache_is_refused_before_loading() -> None:
+    with pytest.raises(CapacityError, match=r"cache\.memory"):
+        plan(cache={"memory": "64KiB"})
+
+
+def test_layers_of_two_kinds_share_one_pool_in_equal_groups() -> None:
+    """Gemma 3's pattern: five windows, then one full layer."""
+    keys = [("full", 0, 1, 64) if layer % 6 == 5 else ("window", 512, 1, 64) for layer in range(18)]
+    groups = group_layers(keys)
+    assert [len(group.layers) for group in groups] == [3] * 6
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(18))
+    assert [group.kind for group in groups].count("full") == 1
+    uneven = group_layers([("full", 0, 1, 64)] * 4 + [("window", 8, 1, 64)] * 7)
+    assert sorted(len(group.layers) for group in uneven) == [3, 4, 4]
+
+
+def test_blocks_of_different_sizes_are_refused() -> None:
+    with pytest.raises(CapacityError, match="different sizes"):
+        group_layers([("full", 0, 1, 64), ("full", 0, 2, 64)])
