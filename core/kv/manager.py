@@ -149,7 +149,7 @@ class KVManager:
         needed = 0
         for most, table in zip(self._most, hit.tables, strict=True):
             unheld = sum(1 for block in table if block != NULL_BLOCK and self.pool.is_free(block))
-            needed += unheld + min(wanted - len(table), most)
+            needed += min(unheld + wanted - len(table), most)
         return needed
 
     def admit(self, request: RequestState, hit: PrefixHit) -> None:

@@ -14,7 +14,7 @@ from hashlib import sha256
 
 def chain_root(*extra_keys: str | None) -> bytes:
     """The hash that a chain with these extra keys starts from."""
-    return sha256("\x1f".join("\x00" if key is None else f"={key}" for key in extra_keys).encode()).digest()
+    return sha256(repr(extra_keys).encode()).digest()  # `repr` keeps apart what joining could mix up
 
 
 def extend_chain(hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int, num_tokens: int) -> None:

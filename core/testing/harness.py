@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from interlace.clock import VirtualClock
 from interlace.engine.core import EngineCore
-from interlace.interfaces.scheduler import Scheduler
+from interlace.interfaces.scheduler import RequestView, Scheduler, StepBuilder
 from interlace.messages import EngineRequest, FinishInfo, SamplingParams, StepOutput, StepPlan, StepResult
 from interlace.request import RequestState
 from interlace.spec import SchedulerLimits
@@ -32,6 +32,24 @@ from interlace.testing.executor import ScriptedExecutor, scripted_spec
 ERROR_CODES = ("deadline", "empty_prompt", "kv_capacity", "prompt_too_long", "rejected", "step_failed")
 STEP_SECONDS = 0.01
 """How far the clock moves with each step."""
+
+
+class ScriptedScheduler(Scheduler):
+    """A scheduler whose `plan` is a function; `log` keeps what it returned, per step."""
+
+    def __init__(
+        self, plan: Callable[[StepBuilder], Any], order_key: Callable[[RequestView], Any] | None = None
+    ) -> None:
+        super().__init__(self.Options())
+        self.log: list[Any] = []
+        self._plan = plan
+        self._order_key = order_key
+
+    def plan(self, step: StepBuilder) -> None:
+        self.log.append(self._plan(step))
+
+    def order_key(self, request: RequestView) -> Any:
+        return super().order_key(request) if self._order_key is None else self._order_key(request)
 
 
 @dataclass

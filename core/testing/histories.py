@@ -177,13 +177,13 @@ class History:
         return self._report()
 
     def _finish(self) -> None:
-        core, finished, since = self.harness.core, -1, 0
+        core, left, since = self.harness.core, -1, 0
         while core.has_work:
             self.disturb()
             if not self.turn():
                 self._idle()
-            ended = sum(record.finish is not None for record in self.harness.records.values())
-            finished, since = ended, since + 1 if ended == finished else 0
+            since = since + 1 if len(core.queues.requests) == left else 0
+            left = len(core.queues.requests)
             assert since < MAX_STEPS_WITHOUT_END, f"stuck: {list(core.queues.requests.values())}"
         self.harness.check_end()
 
