@@ -10,7 +10,7 @@ A plugin module implements hooks with the `hookimpl` marker and is listed as an 
 
     @hookimpl
     def interlace_schedulers():
-        yield Provider(name="sjf", target="my_package.sjf:ShortestJobFirst", summary="shortest prompt first")
+        yield Provider(name="sjf", target="my_package.sjf:ShortestJobFirst", summary="shortest prompt first", api="1")
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 
     `name` is what the configuration selects (for models: the Hugging Face architecture string). `target`
     ("package.module:Class") is imported only when selected. `api` is the version of the kind's contract the target
-    was written for. `options` ("package.module:Model", importable without torch) states the options model when it
-    should be readable without importing `target`; otherwise it is `target.Options`.
+    was written for; a provider that states none is refused when it is selected. `options` ("package.module:Model",
+    importable without torch) states the options model when it should be readable without importing `target`; otherwise
+    it is `target.Options`.
     """
 
     name: str
     target: str
     summary: str = ""
-    api: str = "1"
+    api: str = ""
     options: str | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel
 
-from interlace.contracts import CONTRACTS, check_version, load_target
+from interlace.contracts import CONTRACTS, load_target
 from interlace.errors import PluginConflictError, PluginContractError, PluginNotFoundError, did_you_mean
 from interlace.hookspecs import Provider
 from interlace.spec import Component
@@ -59,6 +59,7 @@ class Offer(msgspec.Struct, frozen=True):
             kind=self.kind,
             name=self.name,
             target=self.provider.target,
+            api=self.provider.api,
             options=dict(options or {}),
             package=self.origin.package,
             version=self.origin.version,
@@ -67,7 +68,6 @@ class Offer(msgspec.Struct, frozen=True):
 
     def load(self) -> Any:
         """Import the class. Raises `PluginImportError` or `PluginContractError`."""
-        check_version(self.kind, self.provider.api, self.component().owner)
         return self.component().load()
 
     def options_model(self) -> type[BaseModel]:
@@ -110,14 +110,14 @@ class Registry:
         """The offer called `name` (plain, or `distribution:name`). `where` says in errors what asked for it.
 
         Imports nothing. Raises `PluginNotFoundError`, `PluginConflictError`, or `PluginContractError` when the
-        offer speaks another version of the contract.
+        offer is written for a version of the contract that is not understood.
         """
         found = [offer for offer in self._offers if name in (offer.name, offer.qualified)]
         if not found:
             raise self._not_found(name, where)
         if len(found) > 1:
             raise self._conflict(name, found, where)
-        check_version(self.kind, found[0].provider.api, found[0].component().owner)
+        found[0].component().check_version()
         return found[0]
 
     def _not_found(self, name: str, where: str) -> PluginNotFoundError:

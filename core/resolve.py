@@ -69,6 +69,8 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
     )
     if settings.engine.process == "subprocess":
         check_portable(spec)
+    for warning in filter(None, (part.deprecation for part in spec.components)):
+        logger.warning("%s", warning)
     return spec
 
 
@@ -111,8 +113,7 @@ def open_tokenizer(loaded: LoadedSettings, spec: ResolvedSpec) -> Tokenizer:
 
 def check_portable(spec: ResolvedSpec) -> None:
     """Raise `PluginImportError` if a component lives in `__main__` and thus cannot be imported by a subprocess."""
-    parts = (spec.checkpoint, spec.architecture, spec.scheduler, spec.executor)
-    for part in (*parts, *spec.attention, *spec.kernels, *spec.logits_processors):
+    for part in spec.components:
         if part.target.startswith("__main__:"):
             raise PluginImportError(
                 f"{part.owner} is the class '{part.target}': a class defined in __main__ exists in that process only. "

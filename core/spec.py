@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from interlace.contracts import CONTRACTS, check_class, load_target
+from interlace.contracts import CONTRACTS, check_version, deprecation, load_class
+from interlace.errors import InterlaceError, PluginError
 from interlace.model_config import ModelConfig
 
 
@@ -20,28 +21,57 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     name: str
     target: str
+    api: str | None = None
+    """Version of the contract the target is written for; None: the current one."""
     options: dict[str, Any] = {}
     package: str = ""
     version: str = ""
     reason: str = ""
     """Why it was chosen, for the start-up log."""
+    uses: dict[str, tuple[Component, ...]] = {}
+    """Option → the plugins of other kinds that it names, in order (see `Scheduler.uses`)."""
 
     @property
     def owner(self) -> str:
         """How messages call it: kind, name, package and version."""
         return f"{CONTRACTS[self.kind].noun} '{self.name}' ({f'{self.package} {self.version}'.strip()})"
 
+    @property
+    def contract_version(self) -> str:
+        """Version of the contract the target is written for."""
+        return CONTRACTS[self.kind].version if self.api is None else self.api
+
     def load(self) -> Any:
-        """Import the target class and check that it keeps its contract.
+        """Import the target class and check that it keeps its contract; one written for a former version is adapted.
 
         Raises `PluginImportError` (cause chained) or `PluginContractError` (naming the missing methods)."""
-        found = load_target(self.target, self.owner)
-        check_class(self.kind, found, self.owner)
-        return found
+        return load_class(self.kind, self.target, self.contract_version, self.owner, self.package)
+
+    def check_version(self) -> None:
+        """Raise `PluginContractError` if the version is unknown or no longer understood; imports nothing."""
+        check_version(self.kind, self.contract_version, self.owner, self.package)
+
+    @property
+    def deprecation(self) -> str | None:
+        """What to warn of if the target is written for a former version of its contract."""
+        return deprecation(self.kind, self.contract_version, self.owner, self.package)
 
     def load_options(self, target: Any) -> Any:
         """The options as an instance of the target's own `Options` model."""
         return target.Options(**self.options)
+
+    def build(self, *arguments: Any) -> Any:
+        """Import the class and make an instance from its options, `arguments`, and the plugins it uses.
+
+        Raises what `load` raises; `PluginError`, cause chained, when making the instance fails."""
+        target = self.load()
+        used = {option: [part.build() for part in parts] for option, parts in self.uses.items()}
+        try:
+            return target(self.load_options(target), *arguments, **used)
+        except InterlaceError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.owner} cannot be set up: {type(error).__name__}: {error}") from error
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,3 +125,10 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """0: one per core this process may use."""
     seed: int | None = None
     deterministic: bool = False
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """Everything chosen, candidates and what the scheduler uses included."""
+        used = [part for parts in self.scheduler.uses.values() for part in parts]
+        parts = (self.checkpoint, self.architecture, self.scheduler, *used, self.executor)
+        return (*parts, *self.attention, *self.kernels, *self.logits_processors)

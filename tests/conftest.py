@@ -53,5 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
 
     yield add
     for name in set(sys.modules) - before:
-        if name.startswith(("interlace_demo", "interlace_rival", "interlace_broken", "interlace_misspelt")):
+        if name.startswith(
+            ("interlace_aged", "interlace_demo", "interlace_rival", "interlace_broken", "interlace_misspelt")
+        ):
             del sys.modules[name]

@@ -13,4 +13,5 @@ def interlace_attention() -> Iterable[Provider]:
         name="torch",
         target="interlace.plugins.attention.torch:TorchAttention",
         summary="readable reference: any device, windows, soft cap",
+        api="1",
     )

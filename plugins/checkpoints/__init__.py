@@ -16,15 +16,18 @@ def interlace_checkpoints() -> Iterable[Provider]:
             name="safetensors",
             target=f"{package}.safetensors:SafetensorsCheckpoint",
             summary="Hugging Face directory: config.json, tokenizer files, .safetensors weights or shards",
+            api="1",
         ),
         Provider(
             name="gguf",
             target=f"{package}.gguf:GgufCheckpoint",
             summary="GGUF file or shards, with configuration, tokenizer and quantised weights in it",
+            api="1",
         ),
         Provider(
             name="dummy",
             target=f"{package}.dummy:DummyCheckpoint",
             summary="random weights for a config.json; only when selected by name",
+            api="1",
         ),
     )

@@ -15,5 +15,6 @@ def interlace_executors() -> Iterable[Provider]:
             name="uniprocess",
             target="interlace.plugins.executors.uniprocess:UniprocessExecutor",
             summary="one worker inside the engine's process",
+            api="1",
         ),
     )

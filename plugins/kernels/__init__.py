@@ -13,4 +13,5 @@ def interlace_kernels() -> Iterable[Provider]:
         name="torch",
         target="interlace.plugins.kernels.torch:TorchKernels",
         summary="plain torch on any device; prepacked oneDNN linears on CPU",
+        api="1",
     )

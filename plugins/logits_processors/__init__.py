@@ -13,4 +13,5 @@ def interlace_logits_processors() -> Iterable[Provider]:
         name="no_repeat_ngram",
         target="interlace.plugins.logits_processors.no_repeat_ngram:NoRepeatNGram",
         summary="no sequence of `size` tokens occurs twice in prompt and output",
+        api="1",
     )

@@ -18,4 +18,4 @@ _MODELS = (
 @hookimpl
 def interlace_models() -> Iterable[Provider]:
     for name, module, summary in _MODELS:
-        yield Provider(name=name, target=f"interlace.plugins.models.{module}:{name}", summary=summary)
+        yield Provider(name=name, target=f"interlace.plugins.models.{module}:{name}", summary=summary, api="1")

@@ -12,10 +12,11 @@ def interlace_schedulers() -> Iterable[Provider]:
     """`fcfs` and `priority`."""
     package = "interlace.plugins.schedulers"
     return (
-        Provider(name="fcfs", target=f"{package}.fcfs:Fcfs", summary="first come, first served"),
+        Provider(name="fcfs", target=f"{package}.fcfs:Fcfs", summary="first come, first served", api="1"),
         Provider(
             name="priority",
             target=f"{package}.priority:Priority",
             summary="lower priority number first, arrival breaks ties, optional aging",
+            api="1",
         ),
     )

@@ -24,7 +24,7 @@ class Sjf:
     @staticmethod
     @hookimpl
     def interlace_schedulers():
-        yield Provider(name="sjf", target="__main__:Sjf")
+        yield Provider(name="sjf", target="__main__:Sjf", api="1")
 
 
 def test_built_in_plugins_are_found_through_entry_points():
@@ -158,7 +158,7 @@ def test_catalogue_hook_that_raises_is_set_aside(install, monkeypatch):
     import interlace_demo
 
     def explode():
-        yield Provider(name="half", target="a:B")
+        yield Provider(name="half", target="a:B", api="1")
         raise OSError("no licence")
 
     monkeypatch.setattr(interlace_demo, "interlace_schedulers", hookimpl(explode))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from interlace import __version__
 from interlace.config import load_settings
 from interlace.errors import (
     PluginConflictError,
@@ -98,12 +99,19 @@ def test_contract_error_names_what_is_missing(schedulers, name, expected):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("old", "version 0 of the schedulers contract, this Interlace speaks 1: it is too old; upgrade the package"),
-        ("new", "version 2 of the schedulers contract, this Interlace speaks 1: it is too new; upgrade interlace"),
-        ("odd", "Provider.api should be a whole number as text"),
+        (
+            "old",
+            "scheduler 'old' (interlace-demo 1.2) is written for version 0 of the schedulers contract; this Interlace, "
+            f"{__version__}, speaks 1: it is too old. Upgrade interlace-demo, or install an older interlace",
+        ),
+        ("new", "speaks 1: it is too new. Upgrade interlace, or install an older interlace-demo"),
+        ("odd", "for version '1.5' of the schedulers contract; this Interlace"),
+        ("odd", "Provider.api should be a whole number as text. Upgrade interlace-demo; its authors should write api="),
+        ("undeclared", "does not say which version of the schedulers contract it is written for; this Interlace"),
+        ("undeclared", "Upgrade interlace-demo; its authors should state the version they wrote it for: Provider(..."),
     ],
 )
-def test_contract_error_names_both_versions(schedulers, name, expected):
+def test_contract_error_names_both_versions_and_the_cure(schedulers, name, expected):
     with pytest.raises(PluginContractError) as caught:
         schedulers("demo").get(name)
     assert expected in str(caught.value)

@@ -90,7 +90,7 @@ def test_auto_skips_what_is_not_installed_and_ignores_what_is_not_listed(resolve
         @staticmethod
         @hookimpl
         def interlace_attention():
-            yield Provider(name="extra", target="nowhere:Extra")
+            yield Provider(name="extra", target="nowhere:Extra", api="1")
 
     assert "extra" not in [part.name for part in resolved(extra=[Extra]).attention]
     listed = resolved({"attention.auto_order": ["absent", "extra", "torch"]}, extra=[Extra])
@@ -143,7 +143,7 @@ class MainPlugin:
     @staticmethod
     @hookimpl
     def interlace_executors():
-        yield Provider(name="mine", target="__main__:Mine")
+        yield Provider(name="mine", target="__main__:Mine", api="1")
 
 
 def test_class_in_main_works_in_one_process_only(resolved, monkeypatch):
@@ -168,7 +168,7 @@ def test_built_in_checkpoint_formats_are_asked_first(resolved, smollm2_path):
         @staticmethod
         @hookimpl
         def interlace_checkpoints():
-            yield Provider(name="aaa", target="nowhere:Greedy")
+            yield Provider(name="aaa", target="nowhere:Greedy", api="1")
 
     spec = resolved({"checkpoint.use": "auto"}, extra=[Greedy], model=str(smollm2_path))
     assert spec.checkpoint.name == "gguf" and "recognises SmolLM2" in spec.checkpoint.reason
