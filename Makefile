@@ -82,6 +82,8 @@ setup:
 
 demo: setup
 	@$(BIN)/interlace generate --chat --max-tokens 64 \
+	    --system "You are a friendly assistant on a small computer. Answer in plain words, be concrete, and keep every \
+	answer short: a few sentences are enough, and a list has at most three entries." \
 	    --prompt "Name three uses of a paper clip." \
 	    --prompt "What is the capital of France?" \
 	    --prompt "Write a haiku about the sea." \
