@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pluggy
 from packaging.requirements import Requirement
@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 from interlace import hookspecs
 from interlace.clock import Clock
-from interlace.config import Settings
+from interlace.config import PluginSettings, Settings
 from interlace.contracts import CONTRACTS
 from interlace.errors import PluginContractError, PluginError, PluginImportError, PluginNotFoundError, did_you_mean
 from interlace.events import Events
@@ -30,18 +30,51 @@ BUILT_IN = "interlace"
 """The distribution of Interlace itself: allowed unless it is blocked by name."""
 
 
+class Installed(NamedTuple):
+    """An installed entry point of Interlace's group; nothing of it is imported."""
+
+    origin: Origin
+    entry_point: importlib.metadata.EntryPoint
+    is_allowed: bool
+    """Whether `plugins.allow` and `plugins.block` let it be imported."""
+
+
+def find_installed(settings: PluginSettings) -> list[Installed]:
+    """All entry points, sorted by distribution and name, so that nothing depends on the order of sys.path."""
+    allow, block = _canonical_set(settings.allow), _canonical_set(settings.block)
+
+    def is_allowed(origin: Origin) -> bool:
+        package = canonicalize_name(origin.package)
+        names = {package, f"{package}:{origin.entry_point}"}
+        return not names & block and (not allow or bool(names & allow) or package == BUILT_IN)
+
+    found = []
+    for entry_point in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+        package, version = _name_and_version(entry_point.dist) if entry_point.dist else (entry_point.module, "")
+        origin = Origin(package or entry_point.module, version, entry_point.name)
+        found.append(Installed(origin, entry_point, is_allowed(origin)))
+    return sorted(found, key=lambda plugin: (canonicalize_name(plugin.origin.package), plugin.origin.entry_point))
+
+
 class PluginManager:
     """The plugins of one engine: catalogue registries by kind, and the event hooks.
 
     `settings` says which distributions take part. `extra` are plugins given in code, modules or other objects with
     `hookimpl` functions: mistakes in them raise at once, while an installed plugin that fails is set aside as a
-    `PluginFailure` with one warning.
+    `PluginFailure` with one warning. `installed` replaces what `find_installed` finds.
 
-    Raises `PluginError` when a requirement of `plugins.require` is not met.
+    Raises `PluginError` when a requirement of `plugins.require` is not met, unless `enforce` is false: then
+    `unmet_requirements` has the errors, for commands that explain.
     """
 
     def __init__(
-        self, settings: Settings | None = None, extra: Sequence[object] = (), clock: Clock | None = None
+        self,
+        settings: Settings | None = None,
+        extra: Sequence[object] = (),
+        clock: Clock | None = None,
+        *,
+        installed: Sequence[Installed] | None = None,
+        enforce: bool = True,
     ) -> None:
         self._settings = (settings or Settings()).plugins
         self._clock = clock
@@ -50,13 +83,15 @@ class PluginManager:
         self._origins: dict[str, Origin] = {}
         self._failures: list[PluginFailure] = []
         self._blocked: list[Origin] = []
-        self._discover()
+        self._discover(find_installed(self._settings) if installed is None else installed)
         for plugin in extra:
             self._add_in_code(plugin)
         self._offers = {kind: list(self._collect(kind)) for kind in CONTRACTS}
         for failure in self._failures:
             logger.warning("plugin %s failed to load and is ignored", failure)
-        self._check_requirements()
+        if enforce:
+            for error in self.unmet_requirements():
+                raise error
 
     @property
     def failures(self) -> tuple[PluginFailure, ...]:
@@ -79,23 +114,15 @@ class PluginManager:
 
     # ── discovery ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _discover(self) -> None:
-        for origin, entry_point in _entry_points():
-            if not self._allowed(origin):
+    def _discover(self, installed: Sequence[Installed]) -> None:
+        for origin, entry_point, is_allowed in installed:
+            if not is_allowed:
                 self._blocked.append(origin)
                 continue
             try:
-                plugin = entry_point.load()
-                self._register(plugin, origin)
+                self._register(entry_point.load(), origin)
             except (Exception, SystemExit) as error:
                 self._failures.append(PluginFailure(origin, error))
-
-    def _allowed(self, origin: Origin) -> bool:
-        names = {canonicalize_name(origin.package), f"{canonicalize_name(origin.package)}:{origin.entry_point}"}
-        if names & {_canonical(entry) for entry in self._settings.block}:
-            return False
-        allow = {_canonical(entry) for entry in self._settings.allow}
-        return not allow or bool(names & allow) or canonicalize_name(origin.package) == BUILT_IN
 
     def _add_in_code(self, plugin: object) -> None:
         if self._manager.is_registered(plugin):
@@ -137,7 +164,7 @@ class PluginManager:
             origin = self._origins[implementation.plugin_name]
             try:
                 offers = [Offer(kind, _check_provider(given, kind), origin) for given in implementation.function()]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if origin.entry_point == "given in code":
                     raise
                 self._failures.append(PluginFailure(origin, error))
@@ -146,45 +173,53 @@ class PluginManager:
 
     # ── requirements ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _check_requirements(self) -> None:
+    def unmet_requirements(self) -> Iterator[PluginError]:
+        """What is wrong with each entry of `plugins.require` that is not met."""
         for text in self._settings.require:
-            requirement = Requirement(text)
-            name = canonicalize_name(requirement.name)
-            try:
-                version = importlib.metadata.version(requirement.name)
-            except importlib.metadata.PackageNotFoundError:
-                raise PluginNotFoundError(
-                    f"plugins.require: '{text}' is not installed. Install it: pip install '{text}'"
-                ) from None
-            if not requirement.specifier.contains(version, prereleases=True):
-                raise PluginNotFoundError(
-                    f"plugins.require: '{text}' is not met: {requirement.name} {version} is installed. "
-                    f"Install it: pip install '{text}'"
-                )
-            if any(canonicalize_name(origin.package) == name for origin in self._blocked):
-                raise PluginError(f"plugins.require: '{text}' is kept out by plugins.allow or plugins.block")
+            error = unmet_requirement(text, self._blocked)
+            if error is not None:
+                yield error
+                continue
+            name = canonicalize_name(Requirement(text).name)
             for failure in self._failures:
                 if canonicalize_name(failure.origin.package) == name:
-                    raise PluginImportError(
-                        f"plugins.require: '{text}' is installed but failed to load: {failure}"
-                    ) from failure.error
+                    error = PluginImportError(f"plugins.require: '{text}' is installed but failed to load: {failure}")
+                    error.__cause__ = failure.error
+                    yield error
+                    break
 
 
-def _entry_points() -> Iterable[tuple[Origin, importlib.metadata.EntryPoint]]:
-    """Entry points of the group, sorted by distribution and name, so that nothing depends on the order of sys.path."""
-    found = []
-    for entry_point in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
-        distribution = entry_point.dist
-        package = distribution.name if distribution else entry_point.module
-        version = distribution.version if distribution else ""
-        found.append((Origin(package, version, entry_point.name), entry_point))
-    return sorted(found, key=lambda pair: (canonicalize_name(pair[0].package), pair[0].entry_point))
+def unmet_requirement(text: str, blocked: Sequence[Origin]) -> PluginError | None:
+    """Why the entry `text` of `plugins.require` is not met, as far as that shows without importing the package."""
+    requirement = Requirement(text)
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return PluginNotFoundError(f"plugins.require: '{text}' is not installed. Install it: pip install '{text}'")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return PluginNotFoundError(
+            f"plugins.require: '{text}' is not met: {requirement.name} {version} is installed. "
+            f"Install it: pip install '{text}'"
+        )
+    name = canonicalize_name(requirement.name)
+    if any(canonicalize_name(origin.package) == name for origin in blocked):
+        return PluginError(f"plugins.require: '{text}' is kept out by plugins.allow or plugins.block")
+    return None
 
 
-def _canonical(entry: str) -> str:
-    """`Slow_Metrics:main` → `slow-metrics:main`."""
-    package, colon, entry_point = entry.partition(":")
-    return f"{canonicalize_name(package)}{colon}{entry_point}"
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    """From the head of METADATA. `Distribution.name` and `.version` each parse the whole of it, README included, which
+    would be most of the time that discovery takes."""
+    head = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").partition("\n\n")[0]
+    lines = (line for line in reversed(head.splitlines()) if line.startswith(("Name: ", "Version: ")))
+    fields = dict(line.split(": ", 1) for line in lines)
+    return fields.get("Name", "").strip(), fields.get("Version", "").strip()
+
+
+def _canonical_set(entries: Sequence[str]) -> set[str]:
+    """`Slow_Metrics:main` → `slow-metrics:main`, for each entry."""
+    parts = (entry.partition(":") for entry in entries)
+    return {f"{canonicalize_name(package)}{colon}{entry_point}" for package, colon, entry_point in parts}
 
 
 def _check_provider(given: Any, kind: str) -> hookspecs.Provider:

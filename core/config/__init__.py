@@ -2,12 +2,13 @@
 
 from interlace.config.loading import LoadedSettings, debug_requested, effective, environment, load_settings
 from interlace.config.reference import Setting, all_settings, describe, nearest_key, plain_text
-from interlace.config.settings import Settings, parse_memory
+from interlace.config.settings import PluginSettings, Settings, parse_memory
 from interlace.config.sources import OTHER_VARIABLES, convert_texts
 
 __all__ = [
     "OTHER_VARIABLES",
     "LoadedSettings",
+    "PluginSettings",
     "Setting",
     "Settings",
     "all_settings",
