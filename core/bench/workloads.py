@@ -65,6 +65,14 @@ def read_items(path: Path, num_prompts: int | None = None, output_len: int | Non
     return chosen if output_len is None else [WorkItem(item.prompt_token_ids, output_len) for item in chosen]
 
 
+def write_items(path: Path, items: Sequence[WorkItem]) -> None:
+    """A workload file that `read_items` reads. Raises `WorkloadError` if it cannot be written."""
+    try:
+        path.write_bytes(msgspec.json.encode(items))
+    except OSError as error:
+        raise WorkloadError(f"{path} cannot be written: {error}") from error
+
+
 def is_sharegpt_file(path: Path) -> bool:
     """Whether a JSON file holds conversations rather than requests; judged by its beginning."""
     try:

@@ -39,6 +39,9 @@ def _add_throughput(benchmarks: Any) -> None:
         metavar="FILE",
         help="a workload file, a JSON array of {prompt_token_ids, max_tokens}; or a ShareGPT file",
     )
+    parser.add_argument(
+        "--save-workload", metavar="FILE", help="write the requests to a workload file, for other engines"
+    )
     _add_count(parser, "--num-prompts", None, "requests (64; of a workload file, all)")
     _add_count(parser, "--input-len", None, "tokens in, of a random prompt (128)")
     _add_count(parser, "--output-len", None, "tokens out (random: 128; else as the data says)")
@@ -99,10 +102,13 @@ def _throughput(args: argparse.Namespace, loaded: LoadedSettings) -> Report:
     from interlace.bench.machine import inspect_machine
     from interlace.bench.report import make_report
     from interlace.bench.session import Session
+    from interlace.bench.workloads import write_items
 
     machine = inspect_machine()
     with Session(loaded, detokenize=not args.disable_detokenize) as session:
         workload = _workload(args, session)
+        if args.save_workload is not None:
+            write_items(Path(args.save_workload), workload.items)
         _say_start(session, workload, machine.is_busy)
         session.warm_up(workload.items[: args.num_warmups])
         runs = []

@@ -74,6 +74,15 @@ def test_the_seed_setting_draws_the_prompts(clients, capsys):
     assert one == again != other
 
 
+def test_a_drawn_workload_can_be_saved_and_run_again(clients, capsys, tmp_path):
+    path = str(tmp_path / "drawn.json")
+    flags = ("--num-prompts", "2", "--input-len", "9", "--output-len", "3", "--save-workload", path)
+    assert run(capsys, "throughput", *flags)[0] == 0
+    assert run(capsys, "throughput", "--dataset-path", path)[0] == 0
+    drawn, again = ([(r.prompt_token_ids, r.params.max_tokens) for r in client.added[-2:]] for client in clients)
+    assert drawn == again
+
+
 def test_a_workload_file_is_run_as_it_stands(clients, capsys, tmp_path):
     path = tmp_path / "work.json"
     path.write_text(json.dumps([{"prompt_token_ids": [n] * n, "max_tokens": n + 1} for n in (3, 1, 2)]))

@@ -6,7 +6,15 @@ import sys
 import pytest
 
 from interlace.bench.sharegpt import conversations, sample_sharegpt, sharegpt_path
-from interlace.bench.workloads import WorkItem, WorkloadError, check_fits, is_sharegpt_file, random_items, read_items
+from interlace.bench.workloads import (
+    WorkItem,
+    WorkloadError,
+    check_fits,
+    is_sharegpt_file,
+    random_items,
+    read_items,
+    write_items,
+)
 
 
 def record(*turns):
@@ -65,6 +73,14 @@ def test_a_workload_file_keeps_its_order(workload_file):
     assert read_items(workload_file, 2) == [WorkItem([1, 2], 1), WorkItem([2, 3], 2)]
     assert read_items(workload_file, 1, output_len=9) == [WorkItem([1, 2], 9)]
     assert not is_sharegpt_file(workload_file)
+
+
+def test_what_was_drawn_can_be_written_and_read_again(tmp_path):
+    items = random_items(3, input_len=4, output_len=2, vocab_size=50, seed=0)
+    write_items(tmp_path / "drawn.json", items)
+    assert read_items(tmp_path / "drawn.json") == items
+    with pytest.raises(WorkloadError, match="cannot be written"):
+        write_items(tmp_path / "no" / "drawn.json", items)
 
 
 def test_a_workload_file_with_too_few_requests(workload_file):
