@@ -17,7 +17,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from interlace.contracts import CONTRACTS, load_target
 from interlace.errors import PluginContractError
@@ -86,6 +86,8 @@ def failures(suite: type[Conformance], only: str = "") -> dict[str, str]:
     """Run a suite here and now, as pytest would: the name of each test that fails → why (its first failure).
 
     For those who write suites or providers that are wrong on purpose. `only`: tests whose name contains it."""
+    import pytest
+
     suite.setup_class()
     found: dict[str, str] = {}
     for name, function in inspect.getmembers(suite, inspect.isfunction):
@@ -96,10 +98,19 @@ def failures(suite: type[Conformance], only: str = "") -> dict[str, str]:
                 try:
                     given = {"tmp_path": Path(folder)} if "tmp_path" in inspect.signature(function).parameters else {}
                     function(suite(), **arguments, **given)
+                except pytest.skip.Exception:
+                    continue
                 except Exception as error:
                     found[name] = f"{arguments}: {type(error).__name__}: {error}"
                     break
     return found
+
+
+def skip(reason: str) -> NoReturn:
+    """End a test that has nothing to say about this provider."""
+    import pytest
+
+    pytest.skip(reason)
 
 
 def shuffled(items: Sequence[Any], rng: random.Random) -> list[Any]:

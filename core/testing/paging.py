@@ -27,6 +27,7 @@ class Pager:
         self._device = device
         self._free = [block for block in range(num_blocks) if block != NULL_BLOCK]
         random.Random(0).shuffle(self._free)
+        self._freed: list[int] = []
         self._lengths: dict[str, int] = {}
         self._tables: dict[str, list[list[int]]] = {}  # sequence → per group its block ids in order
 
@@ -55,14 +56,33 @@ class Pager:
     def free(self, name: str) -> None:
         """Forget a sequence and take its blocks back."""
         for table in self._tables.pop(name):
-            self._free += [block for block in table if block != NULL_BLOCK]
+            self._release([block for block in table if block != NULL_BLOCK])
         del self._lengths[name]
+
+    def take_freed(self) -> list[int]:
+        """Blocks that were taken back since the last call and that nobody holds now."""
+        held = {block for tables in self._tables.values() for table in tables for block in table}
+        freed = [block for block in self._freed if block not in held]
+        self._freed = []
+        return freed
+
+    def rename_blocks(self, names: Mapping[int, int]) -> None:
+        """The content of every block `old` is now in block `names[old]`."""
+        for tables in self._tables.values():
+            for table in tables:
+                table[:] = [names.get(block, block) for block in table]
+        self._free = [names[block] for block in self._free]
+        self._freed = [names[block] for block in self._freed]
+
+    def _release(self, blocks: list[int]) -> None:
+        self._free += blocks
+        self._freed += blocks
 
     def _update(self, table: list[int], window: int, context: int, new: int) -> None:
         first_seen = max(0, context - window + 1) if window else 0
         for index in range(min(first_seen // self._block_size, len(table))):
             if table[index] != NULL_BLOCK:
-                self._free.append(table[index])
+                self._release([table[index]])
                 table[index] = NULL_BLOCK
         while len(table) < blocks_for(context + new, self._block_size):
             table.append(self._free.pop())

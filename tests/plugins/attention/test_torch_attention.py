@@ -1,4 +1,4 @@
-"""Attention `torch`: the conformance suite, and what is its own."""
+"""Attention `torch`: what is its own. See test_attention_conformance.py for what every backend must do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from interlace.interfaces.attention import AttentionSpec
 from interlace.plugins.attention import interlace_attention
 from interlace.plugins.attention import torch as implementation
 from interlace.plugins.attention.torch import TorchAttention
-from interlace.testing.attention_suite import AttentionConformance, PagedAttention, dense_attention
-
-
-class TestTorchAttention(AttentionConformance):
-    backend = TorchAttention
+from interlace.testing.attention_suite import PagedAttention
+from interlace.testing.reference import dense_attention
 
 
 def test_the_reference_is_right_where_it_can_be_done_by_hand():
