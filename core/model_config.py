@@ -57,19 +57,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises `CheckpointError` naming the missing or malformed key."""
         try:
-            return cls(**_read(raw))
+            return cls(**_read(raw, read_architecture(raw, where)))
         except KeyError as error:
             raise CheckpointError(f"{where}: the model configuration lacks {error}") from error
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{where}: the model configuration is malformed: {error}") from error
 
 
-def _read(raw: dict[str, Any]) -> dict[str, Any]:
-    architectures = raw.get("architectures") or []
-    if not architectures:
-        raise KeyError("architectures")
+def read_architecture(raw: dict[str, Any], where: str) -> str:
+    """The architecture a Hugging Face style config names. Raises `CheckpointError` if it names none."""
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(f"{where}: the model configuration lacks 'architectures'")
+    return str(architectures[0])
+
+
+def _read(raw: dict[str, Any], architecture: str) -> dict[str, Any]:
     num_heads = int(raw["num_attention_heads"])
-    architecture = str(architectures[0])
     rope, local_rope = _read_rope(raw)
     window, layer_types = _read_windows(raw, architecture)
     eos = raw.get("eos_token_id")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from interlace.model_config import ModelConfig
+
 if TYPE_CHECKING:
     import torch
 
-    from interlace.model_config import ModelConfig
     from interlace.tokenizer import Tokenizer
 
 
@@ -38,8 +39,15 @@ class Checkpoint(ABC):
         """Whether `path` (a file or directory that exists) is of this format. Looks at names and magic only."""
 
     @abstractmethod
+    def raw_config(self) -> dict[str, Any]:
+        """The architecture and its numbers in Hugging Face form (`architectures`, `hidden_size`, …).
+
+        `eos_token_id` holds every token that ends a generation. Numbers may have names of the architecture's own
+        (`n_embd`): the provider of the model says what they mean (`Provider.config`)."""
+
     def config(self) -> ModelConfig:
-        """The architecture and its numbers."""
+        """`raw_config` as `ModelConfig.from_hf` reads it, which suffices where the names are the standard ones."""
+        return ModelConfig.from_hf(self.raw_config(), str(self.path))
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:

@@ -9,9 +9,8 @@ import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -45,14 +44,12 @@ class DummyCheckpoint(Checkpoint):
     def matches(cls, path: Path) -> bool:
         return False
 
-    def config(self) -> ModelConfig:
-        if self.path.is_file():
-            config = ModelConfig.from_hf(read_json(self.path), str(self.path))
-        else:
-            config = read_directory_config(self.path)
-        if self._has_tokenizer or config.vocab_size < _BYTE_VOCABULARY:
-            return config
-        return msgspec.structs.replace(config, bos_token_id=_BYTE_VOCABULARY - 2, eos_token_ids=(_BYTE_VOCABULARY - 1,))
+    def raw_config(self) -> dict[str, Any]:
+        raw = read_json(self.path) if self.path.is_file() else read_directory_config(self.path)
+        size = raw.get("vocab_size")
+        if self._has_tokenizer or not isinstance(size, int) or size < _BYTE_VOCABULARY:
+            return raw
+        return {**raw, "bos_token_id": _BYTE_VOCABULARY - 2, "eos_token_id": _BYTE_VOCABULARY - 1}
 
     def tokenizer(self) -> Tokenizer:
         """The directory's own, else a byte tokenizer: BOS and EOS are its last two tokens."""

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from interlace.errors import CheckpointError
 from interlace.interfaces.checkpoint import Checkpoint
-from interlace.model_config import ModelConfig
 from interlace.plugins.checkpoints.gguf_config import IGNORED_TENSORS, Family, family_of, hf_name, read_config
 from interlace.plugins.checkpoints.gguf_reader import MAGIC, GgufFile, TensorInfo
 from interlace.plugins.checkpoints.gguf_tokenizer import read_eos_token_ids, read_tokenizer
@@ -40,10 +39,9 @@ class GgufCheckpoint(Checkpoint):
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
-    def config(self) -> ModelConfig:
+    def raw_config(self) -> dict[str, Any]:
         tensors = {name: info for shard in self._shards for name, info in shard.tensors.items()}
-        raw = read_config(self._first, tensors, read_eos_token_ids(self._first))
-        return ModelConfig.from_hf(raw, str(self.path))
+        return read_config(self._first, tensors, read_eos_token_ids(self._first))
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self._first)

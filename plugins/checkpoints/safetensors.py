@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from interlace.errors import CheckpointError
 from interlace.interfaces.checkpoint import Checkpoint
-from interlace.model_config import ModelConfig, read_json
+from interlace.model_config import read_json
 from interlace.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ class SafetensorsCheckpoint(Checkpoint):
             return path.suffix == ".safetensors"
         return any(path.glob("*.safetensors")) or (path / _INDEX).is_file()
 
-    def config(self) -> ModelConfig:
+    def raw_config(self) -> dict[str, Any]:
         return read_directory_config(self._directory)
 
     def tokenizer(self) -> Tokenizer:
@@ -80,15 +78,15 @@ class SafetensorsCheckpoint(Checkpoint):
         )
 
 
-def read_directory_config(directory: Path) -> ModelConfig:
+def read_directory_config(directory: Path) -> dict[str, Any]:
     """config.json, with the EOS tokens of generation_config.json where it has some."""
-    config = ModelConfig.from_hf(read_json(directory / "config.json"), str(directory / "config.json"))
+    raw = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ids = eos if isinstance(eos, list) else [eos]
     if ids and all(isinstance(index, int) for index in ids):
-        return msgspec.structs.replace(config, eos_token_ids=tuple(ids))
-    return config
+        return {**raw, "eos_token_id": ids}
+    return raw
 
 
 def _read_index(directory: Path) -> dict[Path, set[str]]:
