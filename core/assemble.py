@@ -61,13 +61,14 @@ def make_client(spec: ResolvedSpec, process: str, clock: Clock) -> EngineClient:
         return SubprocessClient(spec)
     from interlace.engine.inline_client import InlineClient
 
-    return InlineClient(lambda on_event: start_executor(spec, on_event), lambda info: build_core(spec, info), clock)
+    return InlineClient(
+        lambda on_event: start_executor(spec, on_event), lambda info: build_core(spec, info, clock), clock
+    )
 
 
 def start_executor(spec: ResolvedSpec, on_event: OnEvent) -> tuple[Executor, ExecutorInfo]:
     """Build and start the executor: from here on the model is loaded. Raises the true cause; nothing stays behind."""
-    target = spec.executor.load()
-    executor: Executor = target(spec.executor.load_options(target))
+    executor: Executor = spec.executor.build()
     try:
         return executor, executor.start(spec, on_event)
     except BaseException:
@@ -75,14 +76,14 @@ def start_executor(spec: ResolvedSpec, on_event: OnEvent) -> tuple[Executor, Exe
         raise
 
 
-def build_core(spec: ResolvedSpec, info: ExecutorInfo) -> EngineCore:
-    """The engine core over a started executor."""
-    target = spec.scheduler.load()
+def build_core(spec: ResolvedSpec, info: ExecutorInfo, clock: Clock) -> EngineCore:
+    """The engine core over a started executor. `clock` serves to account the time spent in the scheduler."""
     return EngineCore(
-        target(spec.scheduler.load_options(target)),
+        spec.scheduler.build(),
         spec.scheduler.name,
         spec.limits,
         info,
         max_model_len=spec.max_model_len,
         prefix_caching=spec.cache.prefix_caching,
+        timer=clock.now,
     )

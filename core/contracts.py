@@ -41,6 +41,10 @@ class Contract(NamedTuple):
     """The abstract class, as "module:Class"."""
     light: bool = False
     """Classes of the kind import without torch, so they are checked before the engine starts."""
+    has_use: bool = True
+    """Whether the section's `use` selects one; otherwise the options of a plugin that uses it do."""
+    processes: tuple[str, ...] = ("worker",)
+    """Where a selected class is imported, of `front`, `engine core` and `worker`. Several may share a process."""
     adapters: Mapping[str, Adapter] = MappingProxyType({})
     """By former version that is still understood. Adapters form a chain: each leads to the next version."""
 
@@ -56,16 +60,40 @@ CONTRACTS: Mapping[str, Contract] = {
     contract.kind: contract
     for contract in (
         Contract("models", "model architecture", "", f"{_INTERFACES}.model:Model"),
-        Contract("schedulers", "scheduler", "scheduler", f"{_INTERFACES}.scheduler:Scheduler", light=True),
+        Contract(
+            "schedulers",
+            "scheduler",
+            "scheduler",
+            f"{_INTERFACES}.scheduler:Scheduler",
+            light=True,
+            processes=("front", "engine core"),
+        ),
+        Contract(
+            "orderings",
+            "ordering",
+            "orderings",
+            f"{_INTERFACES}.ordering:Ordering",
+            light=True,
+            has_use=False,
+            processes=("front", "engine core"),
+        ),
         Contract("attention", "attention backend", "attention", f"{_INTERFACES}.attention:AttentionBackend"),
-        Contract("executors", "executor", "executor", f"{_INTERFACES}.executor:Executor"),
-        Contract("checkpoints", "checkpoint format", "checkpoint", f"{_INTERFACES}.checkpoint:Checkpoint", light=True),
+        Contract("executors", "executor", "executor", f"{_INTERFACES}.executor:Executor", processes=("engine core",)),
+        Contract(
+            "checkpoints",
+            "checkpoint format",
+            "checkpoint",
+            f"{_INTERFACES}.checkpoint:Checkpoint",
+            light=True,
+            processes=("front", "worker"),
+        ),
         Contract("kernels", "kernel set", "kernels", f"{_INTERFACES}.kernels:Kernels"),
         Contract(
             "logits_processors",
             "logits processor",
             "logits_processors",
             f"{_INTERFACES}.logits_processor:LogitsProcessor",
+            processes=("front", "worker"),
         ),
     )
 }

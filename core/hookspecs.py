@@ -33,6 +33,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 KINDS: Mapping[str, str] = {
     "models": "1",
     "schedulers": "1",
+    "orderings": "1",
     "attention": "1",
     "executors": "1",
     "checkpoints": "1",
@@ -50,6 +51,10 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     was written for; a provider that states none is refused when it is selected. `options` ("package.module:Model",
     importable without torch) states the options model when it should be readable without importing `target`; otherwise
     it is `target.Options`.
+
+    `config` ("package.module:function", importable without torch) is for models whose configuration files have names
+    of their own: given the raw configuration, the function returns what it says under the standard names that
+    `ModelConfig.from_hf` reads (`{"hidden_size": raw["n_embd"], …}`). These are added to the raw configuration.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     summary: str = ""
     api: str = ""
     options: str | None = None
+    config: str | None = None
 
 
 # ── Catalogue hooks ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,6 +82,16 @@ def interlace_schedulers() -> Iterable[Provider]:
     """Scheduling policies, selected by `scheduler.use`.
 
     Called once at start-up. Targets are `interlace.interfaces.scheduler.Scheduler` classes.
+    """
+    return ()
+
+
+@hookspec
+def interlace_orderings() -> Iterable[Provider]:
+    """Orderings, small sort keys that schedulers combine, selected by an option of a scheduler
+    (`scheduler.options.ordered.order`).
+
+    Called once at start-up. Targets are `interlace.interfaces.ordering.Ordering` classes.
     """
     return ()
 

@@ -11,6 +11,7 @@ as msgpack without pickle. Per step there is one object, in columns; there is no
 from __future__ import annotations
 
 import msgspec
+
 from interlace.sampling.params import SamplingParams
 
 __all__ = [
@@ -142,6 +143,8 @@ class StepResult(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Row → one entry per prompt position predicted in this step (position p+1 from token p)."""
     errors: dict[int, str] = {}
     """Row → why only this request failed."""
+    plugin_seconds: dict[str, float] = {}
+    """`kind:name` → seconds the step spent in each logits processor."""
     attachments: Attachments = {}
 
 
@@ -183,6 +186,10 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Tokens of those found."""
     degraded: str | None = None
     """Why health is degraded (a policy that keeps failing or starves requests), or None."""
+    plugin_seconds: dict[str, float] = {}
+    """`kind:name` → seconds spent in each selected plugin since the stats before these: in the scheduler's methods
+    (what its `plan` has the core do included), in logits processors, and, for `on_step` subscribers, under
+    `events:package:entry_point` in every subscriber, its call with the stats before these included."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):

@@ -48,8 +48,8 @@ def validate_options(loaded: LoadedSettings, offer: Offer, given_name: str | Non
     if not contract.section:
         return {}
     options: Mapping[str, Mapping[str, Any]] = getattr(loaded.settings, contract.section).options
-    name = next((name for name in (given_name, offer.qualified, offer.name) if name in options), offer.name)
-    given = options.get(name or "", {})
+    prefix = options_table(loaded, offer, given_name)
+    given = options.get(prefix.partition(".options.")[2], {})
     if not given and not contract.light and not offer.provider.options:
         return {}
     model = offer.options_model()
@@ -57,11 +57,18 @@ def validate_options(loaded: LoadedSettings, offer: Offer, given_name: str | Non
     try:
         validated = model.model_validate(values)
     except ValidationError as error:
-        prefix = f"{contract.section}.options.{name}"
         lines = [_explain(details, prefix, model, offer, loaded) for details in error.errors()]
         raise PluginOptionsError("\n".join(lines)) from None  # the cause may hold secrets
     options_data: dict[str, Any] = msgspec.to_builtins(validated.model_dump(), enc_hook=_as_text)
     return options_data
+
+
+def options_table(loaded: LoadedSettings, offer: Offer, given_name: str | None = None) -> str:
+    """The table that holds the options of `offer`: under the name it was selected by, its qualified or plain name."""
+    section = CONTRACTS[offer.kind].section
+    options = getattr(loaded.settings, section).options
+    name = next((name for name in (given_name, offer.qualified, offer.name) if name in options), offer.name)
+    return f"{section}.options.{name}"
 
 
 def _as_text(value: Any) -> str:

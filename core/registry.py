@@ -9,8 +9,15 @@ import msgspec
 from pydantic import BaseModel
 
 from interlace.contracts import CONTRACTS, load_target
-from interlace.errors import PluginConflictError, PluginContractError, PluginNotFoundError, did_you_mean
+from interlace.errors import (
+    CheckpointError,
+    PluginConflictError,
+    PluginContractError,
+    PluginNotFoundError,
+    did_you_mean,
+)
 from interlace.hookspecs import Provider
+from interlace.model_config import ModelConfig
 from interlace.spec import Component
 
 
@@ -34,7 +41,12 @@ class PluginFailure(msgspec.Struct, frozen=True):
     error: BaseException
 
     def __str__(self) -> str:
-        return f"'{self.origin.entry_point}' of {self.origin.label} ({type(self.error).__name__}: {self.error})"
+        return f"'{self.origin.entry_point}' of {self.origin.label} ({self.reason})"
+
+    @property
+    def reason(self) -> str:
+        """Type and text of the error, on one line."""
+        return " ".join(f"{type(self.error).__name__}: {self.error}".split())
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -69,6 +81,22 @@ class Offer(msgspec.Struct, frozen=True):
     def load(self) -> Any:
         """Import the class. Raises `PluginImportError` or `PluginContractError`."""
         return self.component().load()
+
+    def model_config(self, raw: dict[str, Any], where: str) -> ModelConfig:
+        """The numbers of a model of this architecture, with the provider's help where it offers some.
+
+        Imports no model code. `where` names the file in errors. Raises `CheckpointError` or `PluginImportError`."""
+        if self.provider.config is None:
+            return ModelConfig.from_hf(raw, where)
+        owner = self.component().owner
+        read = load_target(self.provider.config, f"the config function of {owner}")
+        try:
+            standard = dict(read(raw))
+        except Exception as error:
+            raise CheckpointError(
+                f"{where}: {owner} cannot read the model configuration: {type(error).__name__}: {error}"
+            ) from error
+        return ModelConfig.from_hf({**raw, **standard}, where)
 
     def options_model(self) -> type[BaseModel]:
         """The model of the options; imports the class only if the provider does not name the model apart."""
@@ -145,7 +173,8 @@ class Registry:
         if len(qualified) < len(found):
             cure = f"One package offers it twice, which only its author can mend; or {block}."
         elif contract.section:
-            choices = " or ".join(f"{contract.section}.use = '{choice}'" for choice in qualified)
+            prefix = f"{contract.section}.use = " if contract.has_use else ""
+            choices = " or ".join(f"{prefix}'{choice}'" for choice in qualified)
             cure = f"Select one by its qualified name: {choices}; or {block}."
         else:
             cure = f"{block[0].upper()}{block[1:]}."

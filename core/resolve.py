@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from interlace.config import LoadedSettings, Settings, parse_memory
 from interlace.contracts import CONTRACTS
-from interlace.errors import CheckpointError, ConfigError, PluginError, PluginImportError, PluginNotFoundError
-from interlace.options import check_options, validate_options
+from interlace.errors import (
+    CheckpointError,
+    ConfigError,
+    PluginContractError,
+    PluginError,
+    PluginImportError,
+    PluginNotFoundError,
+)
+from interlace.model_config import read_architecture
+from interlace.options import check_options, options_table, validate_options
 from interlace.registry import Offer, Registry
 from interlace.spec import CacheSpec, Component, ResolvedSpec, SchedulerLimits
 
@@ -42,9 +52,10 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
     selected = select_components(loaded, plugins)
     found = resolve_model(settings.model)
     checkpoint = _choose_checkpoint(loaded, plugins.registry("checkpoints"), Path(found.path))
-    config = _open(checkpoint, Path(found.path)).config()
+    raw = _open(checkpoint, Path(found.path)).raw_config()
     where = f"the architecture of model '{settings.model}', {found.path}"
-    architecture = plugins.registry("models").get(config.architecture, where)
+    architecture = plugins.registry("models").get(read_architecture(raw, str(found.path)), where)
+    config = architecture.model_config(raw, str(found.path))
     device = resolve_device(settings.device)
     spec = ResolvedSpec(
         model=settings.model,
@@ -88,8 +99,8 @@ def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[st
             chosen[kind] = tuple(_auto(loaded, registry, section.auto_order))
             continue
         names = section.use if isinstance(section.use, list) else [section.use]
-        reason = f"{key}, {loaded.source(key)}"
-        chosen[kind] = tuple(_component(loaded, registry.get(name, reason), name, reason) for name in names)
+        chosen[kind] = _named(loaded, registry, names, key)
+    chosen["schedulers"] = tuple(_with_used(loaded, plugins, scheduler) for scheduler in chosen["schedulers"])
     return chosen
 
 
@@ -181,10 +192,51 @@ def _auto(loaded: LoadedSettings, registry: Registry, order: list[str]) -> Itera
         yield _component(loaded, offer, name, f"auto, choice {place} of {len(installed)}")
 
 
+def _named(loaded: LoadedSettings, registry: Registry, names: Sequence[str], key: str) -> tuple[Component, ...]:
+    """What `key` of the configuration names, in its order."""
+    reason = f"{key}, {loaded.source(key)}"
+    offers = [registry.get(name, reason) for name in names]
+    for place, offer in enumerate(offers):
+        if offer in offers[:place]:
+            raise ConfigError(f"{key} ({loaded.source(key)}) names {offer.component().owner} twice: leave one out")
+    return tuple(_component(loaded, offer, name, reason) for offer, name in zip(offers, names, strict=True))
+
+
 def _component(loaded: LoadedSettings, offer: Offer, given_name: str, reason: str) -> Component:
+    """The offer with its options, under the name the configuration gives it: two packages' may serve side by side."""
     if CONTRACTS[offer.kind].light:
         offer.load()
-    return offer.component(validate_options(loaded, offer, given_name), reason)
+    component = offer.component(validate_options(loaded, offer, given_name), reason)
+    return msgspec.structs.replace(component, name=given_name)
+
+
+def _with_used(
+    loaded: LoadedSettings, plugins: PluginManager, component: Component, within: tuple[str, ...] = ()
+) -> Component:
+    """`component` with the plugins that its options name (see `Scheduler.uses`), and those with theirs."""
+    owner = component.owner
+    if owner in within:
+        raise ConfigError(f"{', which uses '.join((*within, owner))}: no plugin can use itself")
+    declared: dict[str, str] = dict(getattr(component.load(), "uses", {}))
+    uses = {}
+    for option, kind in declared.items():
+        offer = plugins.registry(component.kind).get(component.name)
+        key = f"{options_table(loaded, offer, component.name)}.{option}"
+        if kind not in CONTRACTS or option not in component.options:
+            raise PluginContractError(
+                f"{owner} declares that its option '{option}' names {kind}: it should be an option of its own, and the "
+                f"kind one of {', '.join(CONTRACTS)}"
+            )
+        parts = _named(loaded, plugins.registry(kind), _as_names(component.options[option], owner, option), key)
+        uses[option] = tuple(_with_used(loaded, plugins, part, (*within, owner)) for part in parts)
+    return msgspec.structs.replace(component, uses=uses) if uses else component
+
+
+def _as_names(value: Any, owner: str, option: str) -> list[str]:
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise PluginContractError(f"{owner}: its option '{option}' names plugins, so it should be text or a list of it")
+    return names
 
 
 def _choose_checkpoint(loaded: LoadedSettings, registry: Registry, path: Path) -> Component:

@@ -41,6 +41,17 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
         """Version of the contract the target is written for."""
         return CONTRACTS[self.kind].version if self.api is None else self.api
 
+    @property
+    def label(self) -> str:
+        """Its name, and those of the plugins it uses: `ordered (priority, fcfs)`."""
+        used = ", ".join(part.label for parts in self.uses.values() for part in parts)
+        return f"{self.name} ({used})" if used else self.name
+
+    @property
+    def family(self) -> tuple[Component, ...]:
+        """Itself and all it uses."""
+        return (self, *(member for parts in self.uses.values() for part in parts for member in part.family))
+
     def load(self) -> Any:
         """Import the target class and check that it keeps its contract; one written for a former version is adapted.
 
@@ -129,6 +140,5 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def components(self) -> tuple[Component, ...]:
         """Everything chosen, candidates and what the scheduler uses included."""
-        used = [part for parts in self.scheduler.uses.values() for part in parts]
-        parts = (self.checkpoint, self.architecture, self.scheduler, *used, self.executor)
+        parts = (self.architecture, self.checkpoint, *self.scheduler.family, self.executor)
         return (*parts, *self.attention, *self.kernels, *self.logits_processors)

@@ -49,8 +49,6 @@ def print_plan(loaded: LoadedSettings, as_json: bool) -> int:
 
 
 def _plan(spec: ResolvedSpec, memory: MemoryPlan) -> dict[str, Any]:
-    single = (spec.architecture, spec.checkpoint, spec.scheduler, spec.executor)
-    components = (*single, *spec.attention, *spec.kernels, *spec.logits_processors)
     return {
         "model": spec.model,
         "model_path": spec.model_path,
@@ -67,7 +65,7 @@ def _plan(spec: ResolvedSpec, memory: MemoryPlan) -> dict[str, Any]:
                 "reason": part.reason,
                 "target": part.target,
             }
-            for part in components
+            for part in spec.components
         ],
         "selections": [{"kind": made.kind, "name": made.name, "reason": made.reason} for made in memory.selections],
         "kv": {

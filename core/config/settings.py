@@ -91,6 +91,12 @@ class SchedulerSettings(Section):
     options: Options = Field(default={}, description="Options of scheduler plugins, by plugin name.")
 
 
+class OrderingSettings(Section):
+    """Orderings are named by an option of the scheduler that combines them; here are their own options."""
+
+    options: Options = Field(default={}, description="Options of ordering plugins, by plugin name.")
+
+
 class AttentionSettings(Section):
     """Which attention backend computes each KV group."""
 
@@ -244,6 +250,7 @@ class Settings(BaseSettings):
         default=None, description="File with a jinja chat template, instead of the one shipped with the model."
     )
     scheduler: SchedulerSettings = Field(default=SchedulerSettings(), description="Scheduling policy and budgets.")
+    orderings: OrderingSettings = Field(default=OrderingSettings(), description="Orderings that schedulers combine.")
     attention: AttentionSettings = Field(default=AttentionSettings(), description="Attention backends.")
     kernels: KernelSettings = Field(default=KernelSettings(), description="Fused kernels.")
     executor: ExecutorSettings = Field(default=ExecutorSettings(), description="Executor.")

@@ -1,4 +1,4 @@
-"""`EngineCore`: plan → run → update, as a passive state machine. It never waits and never reads the time.
+"""`EngineCore`: plan → run → update, as a passive state machine. It never waits, and decides by the time it is told.
 
 A driver owns waiting: it calls `plan`, hands the plan to the executor, and calls `update` (or `fail`) with what came
 back, oldest step first. Up to `max_in_flight` plans may be under way.
@@ -7,9 +7,8 @@ back, oldest step first. Up to `max_in_flight` plans may be under way.
 from __future__ import annotations
 
 import heapq
-import logging
 from collections import deque
-from typing import Any
+from collections.abc import Callable
 
 from interlace.engine.output_buffer import OutputBuffer
 from interlace.engine.watchdog import StarvationWatchdog
@@ -33,8 +32,6 @@ from interlace.scheduling.fallback import GuardedPolicy
 from interlace.scheduling.queues import Queues
 from interlace.scheduling.step_builder import StepBuilder
 from interlace.spec import SchedulerLimits
-
-logger = logging.getLogger("interlace.engine")
 
 
 class InFlightStep:
@@ -75,19 +72,20 @@ class EngineCore:
         *,
         max_model_len: int,
         prefix_caching: bool = True,
+        timer: Callable[[], float] = float,
     ) -> None:
+        """`timer` gives seconds for the account of what the policy costs, and for nothing else; by default always 0."""
+        self._policy = GuardedPolicy(scheduler, scheduler_name, timer)
         self.kv = KVManager(info.kv, prefix_caching, limits.max_num_batched_tokens)
-        self.queues = Queues(limits.max_num_seqs, scheduler.order_key)
+        self.queues = Queues(limits.max_num_seqs, self._policy.order_key)
         self.max_in_flight = info.max_in_flight
         self._feeds_tokens = info.feeds_tokens
         self._limits = limits
         self._max_model_len = max_model_len
-        self._policy = GuardedPolicy(scheduler, scheduler_name)
-        self._reports_updates = type(scheduler).on_update is not Scheduler.on_update
         self._watchdog = StarvationWatchdog(scheduler_name, limits.starvation_timeout_s)
         self._steps: deque[InFlightStep] = deque()
         self._next_step_id = 0
-        self._ended_in_plan: list[RequestState] = []  # the policy hears of them after its `plan` has returned
+        self._ended: list[RequestState] = []  # the policy has not heard of it yet
         self._deadlines: list[tuple[float, str]] = []
         self._wake_time: float | None = None
         self._out = OutputBuffer()
@@ -106,17 +104,21 @@ class EngineCore:
         self.queues.add(state)
         if state.deadline is not None:
             heapq.heappush(self._deadlines, (state.deadline, state.id))
-        self._guard("on_arrival", state, now)
+        self._policy.on_arrival(state, now)
         if state.max_tokens < 1:
             text = f"the prompt has {state.num_prompt_tokens} tokens, max_model_len is {self._max_model_len}"
-            self._end_with_error(state, text, "prompt_too_long", now)
+            self._end_with_error(state, text, "prompt_too_long")
+        elif not state.num_prompt_tokens:
+            self._end_with_error(state, "the prompt is empty: it needs at least one token", "empty_prompt")
+        self._tell_ended(now)
 
     def abort(self, request_ids: list[str], now: float) -> None:
         """End requests; unknown and finished ids are ignored. Their blocks are free when this returns."""
         for request_id in request_ids:
             state = self.queues.requests.get(request_id)
             if state is not None:
-                self._finish(state, FinishInfo(reason="abort", num_preemptions=state.num_preemptions), now)
+                self._finish(state, FinishInfo(reason="abort", num_preemptions=state.num_preemptions))
+        self._tell_ended(now)
 
     def unblock(self, request_id: str, name: str) -> None:
         """Lift one name a request is blocked on (see `EngineRequest.blocked_on`)."""
@@ -151,7 +153,7 @@ class EngineCore:
         self._wake_time = None
         if len(self._steps) >= self.max_in_flight or not (self.queues.running or len(self.queues.waiting)):
             return None
-        step = StepBuilder(self.queues, self.kv, self._limits, now, self._feeds_tokens, self._end_in_plan)
+        step = StepBuilder(self.queues, self.kv, self._limits, now, self._feeds_tokens, self._end_with_error)
         self._policy.plan(step, bool(self._steps), len(self.queues.requests))
         step.close()
         self._wake_time = step.wake_time
@@ -159,9 +161,7 @@ class EngineCore:
         self._prefix_hits += step.prefix_hits
         plan = self._seal(step, now) if step.rows else None
         self._watchdog.check(now, self.queues)
-        ended, self._ended_in_plan = self._ended_in_plan, []
-        for state in ended:
-            self._guard("on_finish", state, now)
+        self._tell_ended(now)
         return plan
 
     def _seal(self, step: StepBuilder, now: float) -> StepPlan:
@@ -231,18 +231,22 @@ class EngineCore:
             num_new_tokens.append(count)
             state.num_in_flight -= plan.num_tokens[row]
             if result.errors and row in result.errors:
-                self._end_with_error(state, result.errors[row], "step_failed", now)
+                self._end_with_error(state, result.errors[row], "step_failed")
+                continue
+            if plan.sample[row] and not count:
+                self._end_with_error(state, "the executor returned no token for this request", "step_failed")
                 continue
             if result.prompt_logprobs and row in result.prompt_logprobs:
                 self._out.prompt_logprobs.setdefault(state.id, []).extend(result.prompt_logprobs[row])
             if plan.sample[row]:
                 state.samples_in_flight -= 1
-                self._append(state, tokens, result, row, now)
-        if self._reports_updates and not self._policy.replaced:
-            self._guard("on_update", StepProgress(result.duration, confirmed, num_new_tokens), now)
+                self._append(state, tokens, result, row)
+        if self._policy.wants_updates:
+            self._policy.on_update(StepProgress(result.duration, confirmed, num_new_tokens), now)
+        self._tell_ended(now)
         return self._out.take(result.step_id, now, self._stats(step, result, now))
 
-    def _append(self, state: RequestState, tokens: list[int], result: StepResult, row: int, now: float) -> None:
+    def _append(self, state: RequestState, tokens: list[int], result: StepResult, row: int) -> None:
         """Confirm sampled tokens of one request and end it where it stops."""
         finish: FinishInfo | None = None
         for position, token in enumerate(tokens):
@@ -256,7 +260,7 @@ class EngineCore:
         self._out.add_tokens(state.id, tokens, logprobs)
         self._policy.fruitless = 0
         if finish is not None:
-            self._finish(state, finish, now)
+            self._finish(state, finish)
         elif state.num_known // self.kv.block_size > state.num_published and self._steps:
             # A block planned before its last token was known: publish it now, on the account of the newest step.
             self._steps[-1].published += self.kv.publish(state)
@@ -280,27 +284,28 @@ class EngineCore:
         for step in list(self._steps):
             for state, generation in zip(step.requests, step.generations, strict=True):
                 if state.generation == generation:
-                    self._end_with_error(state, message, "step_failed", now)
+                    self._end_with_error(state, message, "step_failed")
         self._steps.clear()
+        self._tell_ended(now)
         return self._out.take(step_id, now, None)
 
     # ── endings ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _remove(self, state: RequestState, info: FinishInfo) -> None:
+    def _finish(self, state: RequestState, info: FinishInfo) -> None:
+        """Take a request out. Whoever calls this sees to it that `_tell_ended` follows, outside the policy's calls."""
         self.kv.free(state)
         self.queues.finish(state)
         self._out.finished[state.id] = info
+        self._ended.append(state)
 
-    def _finish(self, state: RequestState, info: FinishInfo, now: float) -> None:
-        self._remove(state, info)
-        self._guard("on_finish", state, now)
+    def _end_with_error(self, state: RequestState, message: str, code: str) -> None:
+        info = FinishInfo(reason="error", error=message, error_code=code, num_preemptions=state.num_preemptions)
+        self._finish(state, info)
 
-    def _end_with_error(self, state: RequestState, message: str, code: str, now: float) -> None:
-        self._finish(state, _error(state, message, code), now)
-
-    def _end_in_plan(self, state: RequestState, message: str, code: str) -> None:
-        self._remove(state, _error(state, message, code))
-        self._ended_in_plan.append(state)
+    def _tell_ended(self, now: float) -> None:
+        if self._ended:
+            ended, self._ended = self._ended, []
+            self._policy.on_finish(ended, now)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -308,14 +313,8 @@ class EngineCore:
             state = self.queues.requests.get(request_id)
             if state is not None and state.deadline is not None and state.deadline <= now:
                 waited = now - state.arrival_time
-                self._end_with_error(state, f"the request's deadline passed after {waited:.3f} s", "deadline", now)
-
-    def _guard(self, method: str, subject: Any, now: float) -> None:
-        """Call an optional method of the policy; its failure is logged and hurts nobody."""
-        try:
-            getattr(self._policy.policy, method)(subject, now)
-        except Exception:
-            logger.exception("scheduler '%s' failed in %s", self._policy.name, method)
+                self._end_with_error(state, f"the request's deadline passed after {waited:.3f} s", "deadline")
+        self._tell_ended(now)
 
     # ── facts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -366,6 +365,7 @@ class EngineCore:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             degraded=self.degraded,
+            plugin_seconds={self._policy.account: self._policy.take_seconds(), **result.plugin_seconds},
         )
 
 
@@ -381,7 +381,3 @@ def _admission(state: RequestState, hit_tokens: int) -> Admission:
         sample_index=state.request.sample_index,
         stop_token_ids=tuple(state.stop_set),
     )
-
-
-def _error(state: RequestState, message: str, code: str) -> FinishInfo:
-    return FinishInfo(reason="error", error=message, error_code=code, num_preemptions=state.num_preemptions)

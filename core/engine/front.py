@@ -151,7 +151,7 @@ class Front:
                 f"{spec.model} ({spec.architecture.name}), {spec.dtype} on {spec.device}, "
                 f"up to {spec.max_model_len} tokens",
             ),
-            ("scheduler", _choice(spec.scheduler.name, spec.scheduler.reason)),
+            ("scheduler", _choice(spec.scheduler.label, spec.scheduler.reason)),
             ("executor", _choice(spec.executor.name, spec.executor.reason)),
         ]
         lines += [(choice.kind, _choice(choice.name, choice.reason)) for choice in self.info.selections]

@@ -28,8 +28,8 @@ def main(socket_dir: str) -> int:
     """Serve one engine until told to stop, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's to handle
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    context = zmq.Context()
-    commands, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    speaking = zmq.Context()  # of its own, so that it can end while the receiver sits in a read
+    commands, outputs = zmq.Context().socket(zmq.PULL), speaking.socket(zmq.PUSH)
     for socket, name in ((commands, "commands"), (outputs, "outputs")):
         socket.set_hwm(0)
         socket.connect(f"ipc://{socket_dir}/{name}")
@@ -44,10 +44,11 @@ def main(socket_dir: str) -> int:
         logging.basicConfig(level=setup[1], format="%(levelname)s %(name)s (engine): %(message)s")
         spec = setup[0]
         executor, info = start_executor(spec, lambda event: send(Event(event)))
+        clock = MonotonicClock()
         loop = EngineLoop(
-            build_core(spec, info),
+            build_core(spec, info, clock),
             executor,
-            MonotonicClock(),
+            clock,
             lambda output: send(Output(output)),
             lambda call_id, value, error: send(Reply(call_id, value, RemoteError.of(error) if error else None)),
         )
@@ -61,6 +62,7 @@ def main(socket_dir: str) -> int:
         if executor is not None:
             executor.shutdown()
         outputs.close(linger=2000)
+        speaking.term()  # waits until the last word, perhaps the reason of the end, is sent
     return code
 
 

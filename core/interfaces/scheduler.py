@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -156,6 +157,11 @@ class Scheduler(ABC):
 
         model_config = ConfigDict(extra="forbid")
 
+    uses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options that name plugins of other kinds, as option → kind: `{"order": "orderings"}`. The option is a name or a
+    list of names. What it names is looked up, checked and given its own options like anything the configuration
+    selects, and `__init__` gets the instances, in order, as a keyword argument called like the option."""
+
     starvation_free: bool = False
     """Declared by policies under which every request is planned eventually, whatever the traffic."""
 
@@ -178,4 +184,4 @@ class Scheduler(ABC):
         """A step finished; once per step."""
 
     def on_finish(self, request: RequestView, now: float) -> None:
-        """A request ended, for whatever reason; the last call about it."""
+        """A request ended, for whatever reason; the last call about it, after `on_update` of its last step."""

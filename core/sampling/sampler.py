@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +47,15 @@ class Sampler:
     tokens: never of its slot or of the other rows.
     """
 
-    def __init__(self, vocab_size: int, processors: Mapping[str, LogitsProcessor]) -> None:
-        """`vocab_size` is the width of the logits; `processors` are applied in their order here."""
+    def __init__(
+        self, vocab_size: int, processors: Mapping[str, LogitsProcessor], timer: Callable[[], float] = float
+    ) -> None:
+        """`vocab_size` is the width of the logits; `processors` are applied in their order here. `timer` gives seconds
+        for the account of what they cost, by default always 0."""
         self._vocab_size = vocab_size
         self._processors = dict(processors)
+        self._timer = timer
+        self._seconds: dict[str, float] = {}
         self._slots: dict[int, SlotSampling] = {}
         # Slots that need more than an argmax, kept up to date by `add` and `remove`, so that a step asks once per
         # feature whether it is used at all.
@@ -81,11 +86,13 @@ class Sampler:
             self._reporting.add(slot)
         prompt = admission.token_ids[: admission.num_prompt_tokens]
         for name, args in arguments.items():
+            began = self._timer()
             try:
                 self._processors[name].add(slot, args, prompt)
                 self._processed[name].add(slot)
             except Exception as error:
                 self._refused[slot] = _report(name, "add", error)
+            self._account(name, began)
 
     def remove(self, slot: int) -> None:
         """The request in `slot` left it. Nothing happens when the slot is empty."""
@@ -131,6 +138,11 @@ class Sampler:
         chosen: list[int] = token_ids.tolist()
         return SampledRows(chosen, {} if raw is None else self._logprobs(raw, reporting, slots, chosen), errors)
 
+    def take_plugin_seconds(self) -> dict[str, float]:
+        """`logits_processors:name` → seconds spent in its `add` and `apply` since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
     def prompt_logprobs(self, slot: int, logits: torch.Tensor, next_token_ids: Sequence[int]) -> list[TokenLogprobs]:
         """Log probabilities of prompt tokens, as many as the request in `slot` asked for.
 
@@ -152,10 +164,16 @@ class Sampler:
             if not rows:
                 continue
             views = [LogitsRow(row, slots[row], self._output(row, slots[row], histories)) for row in rows]
+            began = self._timer()
             try:
                 processor.apply(logits, views)
             except Exception as error:
                 errors.update(dict.fromkeys(rows, _report(name, "apply", error)))
+            self._account(name, began)
+
+    def _account(self, name: str, began: float) -> None:
+        account = f"logits_processors:{name}"
+        self._seconds[account] = self._seconds.get(account, 0.0) + self._timer() - began
 
     def _output(self, row: int, slot: int, histories: Histories) -> npt.NDArray[np.int32]:
         """The row's output tokens, as a view through which a processor cannot change them."""

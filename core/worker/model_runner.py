@@ -60,6 +60,7 @@ class ModelRunner:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             errors=errors,
+            plugin_seconds=self._sampler.take_plugin_seconds(),
         )
 
     def _apply(self, plan: StepPlan) -> None:

@@ -56,7 +56,7 @@ class Worker:
         layers = self._allocate(kv, attention)
         device = torch.device(spec.device)
         batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
-        sampler = Sampler(spec.model_config.vocab_size, self._load_processors())
+        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now)
         self._runner = ModelRunner(model, layers, batch, sampler, now)
         return ExecutorInfo(
             kv=kv,
@@ -94,8 +94,5 @@ class Worker:
             self._on_event(ExecutorEvent("progress", "loading weights", {"done": done, "total": total}))
 
     def _load_processors(self) -> dict[str, Any]:
-        processors = {}
-        for component in self._spec.logits_processors:
-            target = component.load()
-            processors[component.name] = target(component.load_options(target), self._spec.model_config.vocab_size)
-        return processors
+        vocab_size = self._spec.model_config.vocab_size
+        return {component.name: component.build(vocab_size) for component in self._spec.logits_processors}
