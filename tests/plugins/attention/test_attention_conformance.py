@@ -145,7 +145,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "test", "message"), WRONG, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("backend", "test", "message"), WRONG, ids=[entry[0].__name__ for entry in WRONG])
 def test_wrong_backends_fail(backend, test, message):
     class Suite(AttentionConformance):
         attention = backend
