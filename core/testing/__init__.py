@@ -4,11 +4,58 @@
     executor          ScriptedExecutor: known tokens, scripted failures, no model; also by name in a spec
     checked_worker    CheckedWorker: carries out plans and trusts nothing
     histories         run_history: random traffic, faults and aborts from one seed
-    scheduler_suite   SchedulerSuite: subclass it in five lines to test a scheduling policy
+    guard             CheckedPolicy: a scheduling policy that sees its contract and nothing else
     adversaries       policies that do everything wrong, which the core survives
     overhead          what the engine itself costs per step: python -m interlace.testing.overhead
     fakes             ScriptedClient: an engine client with known answers, for what surrounds the engine
     model_harness     ModelHarness: a model over a paged cache, without an engine
 
-Nothing is imported here, so that a test pays only for what it uses.
+The conformance suites are pytest classes. A plugin's author subclasses one and names the provider:
+
+    from interlace.testing import SchedulerConformance
+
+    class TestMine(SchedulerConformance):
+        scheduler = "mine"
+
+Nothing is imported here, so that a test pays only for what it uses: a suite is imported when it is asked for.
 """
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interlace.testing.attention_suite import AttentionConformance
+    from interlace.testing.ordering_suite import OrderingConformance
+    from interlace.testing.scheduler_suite import SchedulerConformance
+
+SUITES: Mapping[str, str] = {
+    "AttentionConformance": "interlace.testing.attention_suite",
+    "CheckpointConformance": "interlace.testing.checkpoint_suite",
+    "ExecutorConformance": "interlace.testing.executor_suite",
+    "KernelsConformance": "interlace.testing.kernels_suite",
+    "LogitsProcessorConformance": "interlace.testing.logits_processor_suite",
+    "ModelConformance": "interlace.testing.model_suite",
+    "OrderingConformance": "interlace.testing.ordering_suite",
+    "SchedulerConformance": "interlace.testing.scheduler_suite",
+}
+"""Conformance suite → the module it is in."""
+
+__all__ = [
+    "AttentionConformance",
+    "CheckpointConformance",
+    "ExecutorConformance",
+    "KernelsConformance",
+    "LogitsProcessorConformance",
+    "ModelConformance",
+    "OrderingConformance",
+    "SchedulerConformance",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in SUITES:
+        return getattr(importlib.import_module(SUITES[name]), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
