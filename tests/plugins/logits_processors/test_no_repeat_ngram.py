@@ -3,11 +3,9 @@
 import importlib
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
 from interlace.interfaces.logits_processor import LogitsRow
@@ -56,12 +54,6 @@ def test_tokens_beyond_the_vocabulary_of_the_logits_are_ignored():
     logits = torch.zeros(1, VOCAB)
     processor.apply(logits, [LogitsRow(0, 0, np.array([], dtype=np.int32))])
     assert torch.isinf(logits[0]).nonzero().flatten().tolist() == [2]
-
-
-@pytest.mark.parametrize("arguments", [{}, {"size": 0}, {"size": "3"}, {"size": 2, "window": 4}])
-def test_arguments_are_checked(arguments):
-    with pytest.raises(ValidationError):
-        NoRepeatNGram.Args.model_validate(arguments)
 
 
 def test_is_listed_under_its_name():
