@@ -24,6 +24,8 @@ logger = logging.getLogger("interlace.engine")
 MAX_EMPTY_PLANS = 16
 """Plans without rows in a row after which the loop pauses instead of asking the policy again at once."""
 PAUSE = 0.01
+MAX_WAIT = 3600.0
+"""Seconds after which the loop looks around even if nothing happens; longer waits are made of several."""
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -108,12 +110,11 @@ class EngineLoop:
         core = self._core
         if self._futures or (core.has_runnable and self._empty_plans == 0):
             return 0.0
+        pause = 0.0 if self._empty_plans < MAX_EMPTY_PLANS else PAUSE
         wakeup = core.next_wakeup()
         if wakeup is not None:
-            return max(0.0, wakeup - self._clock.now())
-        if core.has_runnable:
-            return 0.0 if self._empty_plans < MAX_EMPTY_PLANS else PAUSE
-        return None
+            return min(max(pause, wakeup - self._clock.now()), MAX_WAIT)
+        return pause if core.has_runnable else None
 
     def _handle(self, command: Add | Abort | Control) -> None:
         now = self._clock.now()

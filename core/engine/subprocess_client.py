@@ -5,6 +5,7 @@ Commands and outputs are msgpack over two ZMQ ipc sockets in a directory only th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -78,6 +79,19 @@ class SubprocessClient(EngineClient):
         """Hand on what the child says, until it is gone."""
         assert self._process is not None
         process_fd = os.pidfd_open(self._process.pid)
+        try:
+            cause = self._listen(process_fd, ready, on_output, on_event)
+        except Exception as error:  # the front's own: it no longer hears the engine, which is then of no use
+            cause = error
+            self._process.kill()
+        os.close(process_fd)
+        self._process.wait()
+        self._end(ready, cause, on_death)
+
+    def _listen(
+        self, process_fd: int, ready: Future[ExecutorInfo], on_output: OnOutput, on_event: OnEvent | None
+    ) -> Exception | None:
+        """Until the child is gone; returns what it died of, if it said so."""
         poller = zmq.Poller()
         poller.register(self._outputs, zmq.POLLIN)
         poller.register(process_fd, zmq.POLLIN)
@@ -98,9 +112,7 @@ class SubprocessClient(EngineClient):
                         self._calls.resolve(call_id, value, error.rebuild() if error else None)
                     case Died(error=error):
                         cause = error.rebuild()
-        os.close(process_fd)
-        self._process.wait()
-        self._end(ready, cause, on_death)
+        return cause
 
     def _end(self, ready: Future[ExecutorInfo], cause: Exception | None, on_death: OnDeath) -> None:
         """The child is gone: tell everyone who waits."""
@@ -155,7 +167,7 @@ class SubprocessClient(EngineClient):
         if self._process is None or self._closing:
             return
         self._closing = True
-        if self._dead is None:
+        with contextlib.suppress(EngineDeadError):
             self._post(Stop())
         try:
             self._process.wait(STOP_TIMEOUT)

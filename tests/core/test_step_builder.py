@@ -397,8 +397,17 @@ class TestReject:
 
     def test_the_policy_hears_of_it_after_its_plan(self):
         heard = []
-        engine = harness(lambda step: [step.reject(r, "no") for r in step.waiting] and heard.append("plan ends"))
-        engine.core._policy.policy.on_finish = lambda request, now: heard.append(request.id)
+
+        class Rejects(Fcfs):
+            def plan(self, step):
+                for request in step.waiting:
+                    step.reject(request, "no")
+                heard.append("plan ends")
+
+            def on_finish(self, request, now):
+                heard.append(request.id)
+
+        engine = EngineHarness(Rejects(Rejects.Options()))
         engine.add([1], id="a")
         engine.plan()
         assert heard == ["plan ends", "a"]

@@ -201,8 +201,8 @@ def test_a_step_over_budget(monkeypatch):
 
 
 def test_a_token_out_of_order(monkeypatch):
-    def swap(original, core, state, tokens, result, row, now):
-        original(core, state, [token + (state.num_known == 11) for token in tokens], result, row, now)
+    def swap(original, core, state, tokens, result, row):
+        original(core, state, [token + (state.num_known == 11) for token in tokens], result, row)
 
     wrap(monkeypatch, EngineCore, "_append", swap)
     find_fault()
@@ -211,7 +211,7 @@ def test_a_token_out_of_order(monkeypatch):
 def test_an_unfair_end(monkeypatch):
     def all_fail(original, core, message, now):
         for state in list(core.queues.requests.values()):
-            core._end_with_error(state, message, "step_failed", now)
+            core._end_with_error(state, message, "step_failed")
         return original(core, message, now)
 
     wrap(monkeypatch, EngineCore, "fail", all_fail)

@@ -1,6 +1,6 @@
 """Random traffic over queues, step builder, KV manager and engine core, under good and bad policies.
 
-Each test is one history, replayed by its id: `pytest "tests/properties/test_random_traffic.py::test_history[1234-Fcfs]"`.
+Each test is one history, replayed by its id: `pytest "tests/properties/test_random_traffic.py::test_history[6-Fcfs]"`.
 What is checked on the way and at the end: see `interlace.testing.harness` and `interlace.testing.checked_worker`.
 """
 
