@@ -103,15 +103,16 @@ test-slow: models
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: setup
-	@$(BIN)/ruff check --quiet core plugins tests
-	$(BIN)/ruff format --check core plugins tests || { echo "lint: run 'make format'" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet core plugins tests docs/examples
+	$(BIN)/ruff format --check core plugins tests docs/examples || { echo "lint: run 'make format'" >&2; exit 1; }
 	# Name the files, not the links to them.
 	farm='build/__editable__[^/]*/interlace/'
 	$(BIN)/mypy -p interlace | sed "s,$${farm}plugins/,plugins/,; s,$$farm,core/,"
+	$(BIN)/mypy docs/examples/*/interlace_*
 
 format: setup
-	@$(BIN)/ruff check --quiet --fix core plugins tests
-	$(BIN)/ruff format core plugins tests
+	@$(BIN)/ruff check --quiet --fix core plugins tests docs/examples
+	$(BIN)/ruff format core plugins tests docs/examples
 
 docs: setup
 	@$(BIN)/python -m interlace.testing.docs

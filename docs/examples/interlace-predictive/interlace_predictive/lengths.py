@@ -16,7 +16,7 @@ MAX_GROUPS = 1024
 class Mean(NamedTuple):
     """A running mean."""
 
-    count: int = 0
+    num_seen: int = 0
     value: float = 0.0
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from interlace.testing import LogitsProcessorConformance
 
 
 class TestWatermark(LogitsProcessorConformance):
     logits_processor = "watermark"
-    args: ClassVar = {"key": "a secret"}
+    args = {"key": "a secret"}
+    bad_args = [{"key": ""}, {"key": "a secret", "gamma": 1.0}, {"key": "a secret", "delta": -1}, {"kye": "a secret"}]
