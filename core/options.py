@@ -28,7 +28,7 @@ def check_options(loaded: LoadedSettings, registry: Registry) -> None:
             raise PluginOptionsError(
                 f"{key} ({loaded.source(key)}): no {CONTRACTS[registry.kind].noun} is called '{name}'."
                 f"{did_you_mean(name, registry.names())} Installed {registry.kind}: "
-                f"{', '.join(registry.names()) or 'none'}."
+                f"{', '.join(registry.names()) or 'none'}. Take the options out, or install the package that has it."
             )
         for offer in registry:
             light = CONTRACTS[offer.kind].light or offer.provider.options

@@ -160,6 +160,8 @@ class Registry:
         if self._blocked:
             blocked = sorted({origin.label for origin in self._blocked})
             parts.append(f"Packages kept out by plugins.allow or plugins.block: {', '.join(blocked)}.")
+        choose = "choose one of these, or " if contract.section and offered else ""
+        parts.append(f"Cure: {choose}install the package that provides '{name}' (pip install …).")
         error = PluginNotFoundError(" ".join(parts))
         if len(self._failures) == 1:
             error.__cause__ = self._failures[0].error

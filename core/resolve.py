@@ -87,9 +87,6 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
 
 def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[str, tuple[Component, ...]]:
     """Kind → what the settings select, for the kinds that do not depend on the model; all given options checked."""
-    for kind, contract in CONTRACTS.items():
-        if contract.section:
-            check_options(loaded, plugins.registry(kind))
     chosen: dict[str, tuple[Component, ...]] = {}
     for kind in ("schedulers", "executors", "attention", "kernels", "logits_processors"):
         registry = plugins.registry(kind)
@@ -101,6 +98,10 @@ def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[st
         names = section.use if isinstance(section.use, list) else [section.use]
         chosen[kind] = _named(loaded, registry, names, key)
     chosen["schedulers"] = tuple(_with_used(loaded, plugins, scheduler) for scheduler in chosen["schedulers"])
+    # Last, so that of a plugin that is not installed its selection is reported and not its options.
+    for kind, contract in CONTRACTS.items():
+        if contract.section:
+            check_options(loaded, plugins.registry(kind))
     return chosen
 
 

@@ -38,6 +38,7 @@ def test_not_found_names_kind_nearest_all_packages_and_failures(schedulers):
     assert "Installed schedulers: demo (interlace-demo 1.2), fcfs (interlace 0" in message
     assert "Plugins that failed to load: 'broken' of interlace-broken 0.1 (ImportError: libfast.so.3" in message
     assert "kept out by plugins.allow or plugins.block: interlace-blocked 9.0" in message
+    assert message.endswith("Cure: choose one of these, or install the package that provides 'dmeo' (pip install …).")
     assert isinstance(caught.value.__cause__, ImportError)
 
 

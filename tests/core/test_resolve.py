@@ -111,6 +111,12 @@ def test_share_of_memory(resolved):
         ({}, {"architectures": ["LlamaForCausalLn"]}, PluginNotFoundError, "Did you mean 'LlamaForCausalLM'?"),
         ({"scheduler.use": "fcsf"}, {}, PluginNotFoundError, "(scheduler.use, constructor). Did you mean 'fcfs'?"),
         ({"executor.use": "ray2"}, {}, PluginNotFoundError, "Installed executors: "),
+        (
+            {"scheduler": {"use": "gone", "options": {"gone": {}}}},
+            {},
+            PluginNotFoundError,
+            "no scheduler is called 'gone'",
+        ),
         ({"logits_processors.use": ["x"]}, {}, PluginNotFoundError, "no logits processor is called 'x'"),
         ({"max_model_len": 513}, {}, ConfigError, "max_model_len = 513 (constructor): model '"),
         ({"checkpoint.use": "auto"}, {}, CheckpointError, "no checkpoint format recognises it. Installed formats: "),
