@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import Any
+
 from interlace.cli.parser import UsageError
-from interlace.config import Setting, all_settings
+from interlace.config import all_settings, setting_fields
 
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
@@ -14,7 +17,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, str], str
     A word is a setting if it is `--` and a known key (`-` may stand for `_`) or anything with a dot in it; unknown
     keys are judged by `load_settings`. Values follow as `--key=value` or `--key value`; a boolean may stand alone.
     """
-    known = {setting.key: setting for setting in all_settings()}
+    known = {key: field.annotation for key, field in setting_fields()}
     sections = {key.partition(".")[0] for key in known}
     rest: list[str] = []
     settings: dict[str, str] = {}
@@ -46,18 +49,18 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, str], str
     return rest, settings, config_file
 
 
-def _key(name: str, known: dict[str, Setting]) -> str:
+def _key(name: str, known: Container[str]) -> str:
     plain = name.replace("-", "_")
     return plain if plain in known else name
 
 
-def _value(key: str, setting: Setting | None, following: str | None) -> str | None:
+def _value(key: str, annotation: Any, following: str | None) -> str | None:
     """The word after a flag if it is the flag's value; None if the flag stands alone and means true."""
-    if setting is not None and setting.type == "true or false":
+    if annotation is bool:
         return following if following is not None and following.lower() in _BOOLEANS else None
     if following is not None and not following.startswith("--"):
         return following
     if ".options." in key:
         return None
-    expected = f" ({setting.type})" if setting is not None else ""
+    expected = next((f" ({setting.type})" for setting in all_settings() if setting.key == key), "")
     raise UsageError(f"--{key} needs a value{expected}; one that begins with -- is written --{key}=VALUE")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from interlace.config.reference import all_settings, nearest_key, plain_text, section_model, variable_of
+from interlace.config.reference import all_settings, nearest_key, plain_text, section_model, setting_fields, variable_of
 from interlace.config.settings import Settings
 from interlace.config.sources import (
     KeyPath,
@@ -78,7 +78,7 @@ def load_settings(
     except ValidationError as error:
         # Not chained: pydantic's error carries the input, and the input may hold API keys.
         raise ConfigError("\n".join(_explain(details, merged) for details in error.errors())) from None
-    sources = {setting.key: DEFAULT for setting in all_settings() if not setting.key.endswith(".options")}
+    sources = {key: DEFAULT for key, _ in setting_fields() if not key.endswith(".options")}
     sources.update({".".join(path): leaf.source for path, leaf in merged.items()})
     return LoadedSettings(settings, sources)
 
@@ -118,7 +118,7 @@ def _culprit(location: KeyPath, merged: Layer) -> tuple[KeyPath, Leaf]:
 
 
 def _suggest(key: str, source: str) -> str:
-    keys = [setting.key for setting in all_settings()]
+    keys = [key for key, _ in setting_fields()]
     if source.startswith("environment "):
         # Compared as variables: the usual slip is one underscore where two belong.
         variables = {variable_of(known): known for known in keys}

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -59,7 +58,8 @@ def _reject_bool(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
 
 
 class Section(BaseModel):
-    """One table of the configuration."""
+    """One table of the configuration. (pydantic-settings is not used: it takes longer to import than all of this, and
+    could not say which source gave a value.)"""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -215,12 +215,8 @@ class PluginSettings(Section):
         return values
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """All settings of one engine."""
-
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    _no_bool = field_validator("*", mode="before")(classmethod(_reject_bool))
 
     model: str = Field(
         default="smollm2", description="A name from `interlace models`, a file or directory, or a Hugging Face hub id."
@@ -269,15 +265,3 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError("should be 'auto', 'cpu', 'cuda' or 'cuda:N'")
         return value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only the constructor: `load_settings` merges the sources itself, to know which one gave each value."""
-        return (init_settings,)

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
-from pydantic_settings import PydanticBaseSettingsSource, TomlConfigSettingsSource, YamlConfigSettingsSource
 
 from interlace.config.reference import ENV_DELIMITER, ENV_PREFIX, section_model
 from interlace.config.settings import Settings
@@ -67,27 +65,37 @@ def file_layer(path: str | Path) -> Layer:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"configuration file '{path}' does not exist")
-    source: type[PydanticBaseSettingsSource]
-    if path.suffix == ".toml":
-        source = TomlConfigSettingsSource
-    elif path.suffix in (".yaml", ".yml"):
-        source = YamlConfigSettingsSource
-    else:
+    if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ConfigError(f"configuration file '{path}' should end in .toml, .yaml or .yml")
     try:
-        reader: Any = source
-        values = reader(Settings, path)()
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file '{path}' cannot be read: {error}") from error
+    values = _read_toml(path, text) if path.suffix == ".toml" else _read_yaml(path, text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration file '{path}' should hold a table of settings at its top")
+    return _flatten(values, f"file {path.name}")
+
+
+def _read_toml(path: Path, text: str) -> Any:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file '{path}' is not valid TOML: {error}") from error
+
+
+def _read_yaml(path: Path, text: str) -> Any:
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (at line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ConfigError(f"configuration file '{path}' is not valid YAML: {error.problem}{where}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"configuration file '{path}' cannot be read: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"configuration file '{path}' should hold a table of settings at its top") from error
-    return _flatten(values, f"file {path.name}")
+    return {} if values is None else values
 
 
 def merge(layers: list[Layer]) -> Layer:
