@@ -231,13 +231,13 @@ def _requirements(settings: PluginSettings, installed: list[Installed], examined
         error = unmet_requirement(text, blocked)
         name = canonicalize_name(Requirement(text).name)
         if error is not None:
-            what, _, cure = str(error).partition(". Install it: ")
+            what, _, cure = str(error).removeprefix("plugins.require: ").partition(". Install it: ")
             yield Finding("error", "plugins.require", what, cure or "Take it out of one of the two settings")
         elif any(one.state == "broken" and canonicalize_name(one.package) == name for one in examined):
             yield Finding(
                 "error",
                 "plugins.require",
-                f"plugins.require: '{text}' is installed but failed to load",
+                f"'{text}' is installed but failed to load",
                 "Mend the package as said above, or take it out of plugins.require",
             )
     for package in dict.fromkeys(plugin.origin.package for plugin in installed):
@@ -247,24 +247,25 @@ def _requirements(settings: PluginSettings, installed: list[Installed], examined
 def _missing_dependencies(package: str) -> Iterator[Finding]:
     """What the package's own metadata demands and is not there, optional extras apart."""
     try:
-        wanted = importlib.metadata.requires(package) or []
+        texts = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         return
-    for text in wanted:
+    for text in texts:
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        cure = f"pip install '{requirement.name}{requirement.specifier}'"
+        wanted = f"{requirement.name}{requirement.specifier}"
+        cure = f"pip install '{wanted}'"
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("error", package, f"requires {requirement}, which is not installed", cure)
+            yield Finding("error", package, f"requires {wanted}, which is not installed", cure)
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            yield Finding("error", package, f"requires {requirement}; {requirement.name} {version} is installed", cure)
+            yield Finding("error", package, f"requires {wanted}; {requirement.name} {version} is installed", cure)
 
 
 # ── Output ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -145,7 +145,9 @@ def check_offer(offer: Offer) -> Iterator[Problem]:
         if offer.component().deprecation:
             yield Problem("warning", str(offer.component().deprecation), f"Upgrade {offer.origin.package}")
     except InterlaceError as error:
-        yield Problem("error", " ".join(str(error).split()), upgrade)
+        # Some messages end in their own cure.
+        what, _, cure = " ".join(str(error).split()).partition(". Upgrade ")
+        yield Problem("error", what, f"Upgrade {cure}" if cure else upgrade)
 
 
 def _check_options_module(offer: Offer) -> Iterator[Problem]:
