@@ -13,6 +13,7 @@ import pytest
 # Read by huggingface_hub when it is imported, so it must stand before any test module imports that.
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
+_THIRD_PARTY = ("aged", "broken", "demo", "evens", "misspelt", "rival", "vips")
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
 
     yield add
     for name in set(sys.modules) - before:
-        if name.startswith(
-            ("interlace_aged", "interlace_demo", "interlace_rival", "interlace_broken", "interlace_misspelt")
-        ):
+        if name.startswith(tuple(f"interlace_{fixture}" for fixture in _THIRD_PARTY)):
             del sys.modules[name]
