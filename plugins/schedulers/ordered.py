@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,7 +27,7 @@ class Ordered(Fcfs):
             description="Orderings, most important first; each decides where those before it tie.",
         )
 
-    uses = {"order": "orderings"}  # noqa: RUF012
+    uses: ClassVar[Mapping[str, str]] = {"order": "orderings"}
     starvation_free = False
 
     def __init__(self, options: BaseModel, order: Sequence[Ordering]) -> None:

@@ -54,7 +54,7 @@ def test_fewest_remaining_counts_prompt_and_limit():
     requests = {
         "long_answer": (1.0, {"prompt": 2, "max_tokens": 30}),
         "long_prompt": (2.0, {"prompt": 20, "max_tokens": 2}),
-        "no_limit": (0.0, {"prompt": 2, "max_tokens": None}),
+        "no_limit": (0.0, {"prompt": 1, "max_tokens": None}),
     }
     assert service_order(made(FewestRemaining), requests=requests) == ["long_prompt", "long_answer", "no_limit"]
     assert service_order(made(ShortestPrompt), requests=requests) == ["no_limit", "long_answer", "long_prompt"]
