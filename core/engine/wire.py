@@ -35,6 +35,8 @@ class RemoteError(msgspec.Struct, frozen=True):
             if not (isinstance(known, type) and issubclass(known, Exception)):
                 raise TypeError
             rebuilt = known(self.message)
+            if str(rebuilt) != self.message:  # KeyError puts quotes round its text, again
+                raise TypeError
         except TypeError:
             rebuilt = EngineDeadError(f"{self.type}: {self.message}")
         rebuilt.__cause__ = RemoteTraceback(f"\n{self.traceback}")
