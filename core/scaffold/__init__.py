@@ -46,16 +46,17 @@ def render(kind: str, name: str) -> dict[str, str]:
     """Path within the package → text of the file, of a kind and name that `check_name` accepts."""
     values = _values(kind, name)
     package, module = values["package"], values["module"]
+    folder = files("interlace.scaffold") / "templates"
+    own_test = f"{kind}.test.py"
     templates = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
         f"{package}/__init__.py": "init.py",
         f"{package}/{module}.py": f"{kind}.py",
-        "tests/test_conformance.py": "models.test.py" if kind == "models" else "test.py",
+        "tests/test_conformance.py": own_test if (folder / f"{own_test}.tmpl").is_file() else "test.py",
     }
     if kind != "models":  # whose numbers come from the checkpoint
         templates[f"{package}/options.py"] = f"{kind}.options.py"
-    folder = files("interlace.scaffold") / "templates"
     return {
         path: Template((folder / f"{template}.tmpl").read_text("utf-8")).substitute(values)
         for path, template in templates.items()
