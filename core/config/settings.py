@@ -58,8 +58,8 @@ def _reject_bool(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
 
 
 class Section(BaseModel):
-    """One table of the configuration. (pydantic-settings is not used: it takes longer to import than all of this, and
-    could not say which source gave a value.)"""
+    """One table of the configuration. Not a pydantic-settings class: those merge their sources themselves, and cannot
+    say afterwards which one gave a value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 

@@ -67,35 +67,28 @@ def file_layer(path: str | Path) -> Layer:
         raise ConfigError(f"configuration file '{path}' does not exist")
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ConfigError(f"configuration file '{path}' should end in .toml, .yaml or .yml")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file '{path}' cannot be read: {error}") from error
-    values = _read_toml(path, text) if path.suffix == ".toml" else _read_yaml(path, text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"configuration file '{path}' should hold a table of settings at its top")
-    return _flatten(values, f"file {path.name}")
+    return _flatten(_read_file(path), f"file {path.name}")
 
 
-def _read_toml(path: Path, text: str) -> Any:
+def _read_file(path: Path) -> dict[str, Any]:
+    """The file's table, by pydantic-settings: imported for a file only, since it takes longer than all the rest."""
+    import yaml
+    from pydantic_settings import BaseSettings, TomlConfigSettingsSource, YamlConfigSettingsSource
+
+    reader: Any = TomlConfigSettingsSource if path.suffix == ".toml" else YamlConfigSettingsSource
     try:
-        return tomllib.loads(text)
+        values: dict[str, Any] = reader(BaseSettings, path)()
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file '{path}' is not valid TOML: {error}") from error
-
-
-def _read_yaml(path: Path, text: str) -> Any:
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (at line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ConfigError(f"configuration file '{path}' is not valid YAML: {error.problem}{where}") from error
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration file '{path}' cannot be read: {error}") from error
-    return {} if values is None else values
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"configuration file '{path}' should hold a table of settings at its top") from error
+    return values
 
 
 def merge(layers: list[Layer]) -> Layer:
