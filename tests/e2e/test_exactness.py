@@ -21,7 +21,7 @@ from interlace.testing.parity import Agreement, Reference, agreement, load_trans
 
 FOLDER = Path(__file__).with_name("references")
 BLOCK = 32
-FAST_PROMPTS, FAST_TOKENS = 8, 48
+FAST_PROMPTS, FAST_TOKENS = 8, 32
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "together": {},
