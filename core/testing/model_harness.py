@@ -1,6 +1,6 @@
 """`ModelHarness`: run a model over a paged KV cache without an engine; for tests of models, kernels and attention.
 
-    harness = ModelHarness(MyModel, config, weights, attention=MyAttention)
+    harness = ModelHarness(MyModel, config, weights)        # over the reference attention and kernels, or others
     logits = harness.step({"a": [1, 2, 3], "b": [7]})       # a mixed batch; logits of every token, by sequence
     logits = harness.step({"a": [4]})                       # sequences go on where they were
     logits = harness.run([1, 2, 3, 4, 5], chunk=2)          # a fresh sequence, chunk by chunk
@@ -12,8 +12,8 @@ taken away, so a model or backend that reads what it must not shows it at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,9 @@ from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache,
 from interlace.kv.specs import group_layers
 from interlace.model_config import ModelConfig
 from interlace.testing.paging import Pager
+from interlace.testing.reference import ReferenceAttention
+
+Result = TypeVar("Result")
 
 
 class ModelHarness:
@@ -34,7 +37,7 @@ class ModelHarness:
         config: ModelConfig,
         weights: Iterable[tuple[str, torch.Tensor]],
         *,
-        attention: type[AttentionBackend],
+        attention: type[AttentionBackend] = ReferenceAttention,
         kernels: type[Kernels] = Kernels,
         dtype: str = "float32",
         device: str = "cpu",
@@ -43,8 +46,11 @@ class ModelHarness:
         block_size: int = 4,
         num_blocks: int = 512,
         max_model_len: int = 256,
+        context: Callable[[list[LayerCache], list[Any]], ForwardContext] = ForwardContext,
     ) -> None:
+        """`context` makes the state each step is given, for tests that watch what a model does with it."""
         parallel = parallel or Parallel()
+        self._context = context
         build = BuildContext(
             kernels=kernels(kernels.Options(), KernelSpec(dtype, device, kept_weights)),
             parallel=parallel,
@@ -77,7 +83,7 @@ class ModelHarness:
         with torch.inference_mode():
             batch = self._pager.next_batch(tokens)
             metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
-            ctx = ForwardContext([self._layers[layer] for layer in range(len(self._layers))], metadata)
+            ctx = self._context([self._layers[layer] for layer in range(len(self._layers))], metadata)
             output = self.model.forward(batch.token_ids, batch.positions, ctx)
             logits = self.model.logits(output.hidden)
         return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
@@ -105,8 +111,9 @@ class ModelHarness:
 
 
 class ThreadedParallel(Parallel):
-    """Tensor parallelism among threads of one process, for tests: `ThreadedParallel.make(2)` gives the two ranks,
-    and each rank's model must then run in a thread of its own."""
+    """Tensor parallelism among threads of one process, for tests.
+
+    `ThreadedParallel.run(2, work)` calls `work(rank)` for both ranks, each in a thread of its own."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
         self.rank = rank
@@ -115,9 +122,29 @@ class ThreadedParallel(Parallel):
         self._board = board
 
     @classmethod
-    def make(cls, size: int) -> list[ThreadedParallel]:
+    def run(cls, size: int, work: Callable[[Parallel], Result]) -> list[Result]:
+        """The results of all ranks. If one raises, the others are not left waiting, and its error is raised here."""
         barrier, board = threading.Barrier(size, timeout=60), [None] * size
-        return [cls(rank, size, barrier, board) for rank in range(size)]
+        ranks = [cls(rank, size, barrier, board) for rank in range(size)]
+        results: dict[int, Result] = {}
+        errors: list[Exception] = []
+
+        def run_rank(rank: ThreadedParallel) -> None:
+            try:
+                results[rank.rank] = work(rank)
+            except Exception as error:
+                errors.append(error)
+                barrier.abort()
+
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+            raise (causes or errors)[0]
+        return [results[rank] for rank in range(size)]
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchange(x)).sum(0)
