@@ -25,7 +25,8 @@ class LinearPart(NamedTuple):
     name: str
     shape: tuple[int, int]
     """[out, in] of the whole tensor."""
-    rows: slice = _ALL
+    rows: slice | list[int] = _ALL
+    """A list where one tensor holds several projections, so that a rank's rows lie apart."""
     columns: slice = _ALL
 
 
@@ -58,7 +59,7 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(x)
 
-    def _place(self, kind: str, index: int, where: tuple[slice, ...], tensor: torch.Tensor) -> None:
+    def _place(self, kind: str, index: int, where: tuple[slice | list[int], ...], tensor: torch.Tensor) -> None:
         self._raw[kind, index] = tensor[where]
         if len(self._raw) == self._num_expected:
             bias = self._join("bias") if self._use_bias else None

@@ -1,16 +1,45 @@
-"""What GPT-2 has and Interlace's own models have not: layer norm, and a feed-forward network without a gate."""
+"""What GPT-2 has and Interlace's own models have not: layer norm, a feed-forward network without a gate, and matrices
+that lie the other way round, query, key and value in one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from interlace.errors import CheckpointError
 from interlace.interfaces.model import BuildContext
-from interlace.layers.linear import ColumnParallelLinear, RowParallelLinear
+from interlace.layers.linear import ColumnParallelLinear, Linear, LinearPart, RowParallelLinear
+from interlace.layers.parallel import share_heads
 from interlace.layers.weights import WeightTable
 from torch.nn.functional import gelu, layer_norm
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 """`activation_function` of a checkpoint → how torch approximates it."""
+
+
+class Conv1DTable(WeightTable):
+    """The table of a model, for linear layers whose matrices the checkpoint stores as [in, out]."""
+
+    def __init__(self, weights: WeightTable) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def at(self, name: str) -> WeightTable:
+        return Conv1DTable(self._weights.at(name))
+
+    def expect(self, name: str, shape: tuple[int, ...], place: Callable[[torch.Tensor], object]) -> None:
+        self._weights.expect(name, shape[::-1], lambda tensor: place(tensor.t()))
+
+
+class FusedQKV(Linear):
+    """Query, key and value projection out of one tensor: hidden -> this rank's query, key and value heads."""
+
+    def __init__(self, build: BuildContext, weights: WeightTable, name: str, num_heads: int, head_size: int) -> None:
+        size = num_heads * head_size
+        mine = share_heads(num_heads, num_heads, build.parallel.rank, build.parallel.size)
+        first, end = mine.first_query * head_size, (mine.first_query + mine.query) * head_size
+        rows = [part * size + row for part in range(3) for row in range(first, end)]
+        super().__init__(build, weights, [LinearPart(name, (3 * size, size), rows)], bias=True)
 
 
 class LayerNorm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from interlace.errors import CheckpointError
@@ -10,11 +10,11 @@ from interlace.interfaces.attention import AttentionSpec
 from interlace.interfaces.model import BuildContext, ForwardContext, Model, ModelOutput
 from interlace.layers.attention import attention_specs
 from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
-from interlace.layers.linear import QKVLinear, RowParallelLinear
+from interlace.layers.linear import RowParallelLinear
 from interlace.layers.weights import WeightTable
 from interlace.model_config import ModelConfig
 
-from interlace_gpt2.layers import MLP, LayerNorm
+from interlace_gpt2.layers import MLP, Conv1DTable, FusedQKV, LayerNorm
 
 
 class Block:
@@ -23,16 +23,16 @@ class Block:
     def __init__(
         self, build: BuildContext, weights: WeightTable, config: ModelConfig, spec: AttentionSpec, layer: int
     ) -> None:
-        size, heads, head_size = config.hidden_size, config.num_heads, config.head_size
-        attention = weights.at("attn")
+        size, eps = config.hidden_size, config.norm_eps
+        attention = Conv1DTable(weights.at("attn"))
         self._layer = layer
-        self._heads = (-1, 3 * spec.num_heads, head_size)
-        self._norm1 = LayerNorm(build, weights.at("ln_1"), size, config.norm_eps)
-        self._qkv = QKVLinear(build, attention.at("c_attn"), size, heads, heads, head_size, bias=True)
+        self._heads = (-1, 3 * spec.num_heads, config.head_size)
+        self._norm1 = LayerNorm(build, weights.at("ln_1"), size, eps)
+        self._qkv = FusedQKV(build, attention, "c_attn", config.num_heads, config.head_size)
         self._out = RowParallelLinear(build, attention, "c_proj", size, size, bias=True)
-        self._norm2 = LayerNorm(build, weights.at("ln_2"), size, config.norm_eps)
+        self._norm2 = LayerNorm(build, weights.at("ln_2"), size, eps)
         activation = config.raw.get("activation_function", "gelu_new")
-        self._mlp = MLP(build, weights.at("mlp"), size, config.intermediate_size, activation)
+        self._mlp = MLP(build, Conv1DTable(weights.at("mlp")), size, config.intermediate_size, activation)
 
     def __call__(self, x: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         query, key, value = self._qkv(self._norm1(x)).view(self._heads).chunk(3, dim=1)  # [tokens, heads, head_size]
@@ -73,7 +73,11 @@ class GPT2LMHeadModel(Model):
         return self._weights.num_parameters
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._weights.load(_unpack(weights))
+        # Checkpoints of the bare body, the first ones among them, have no prefix.
+        self._weights.load(
+            (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", tensor)
+            for name, tensor in weights
+        )
         self._head.finish()
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> ModelOutput:
@@ -84,19 +88,3 @@ class GPT2LMHeadModel(Model):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden)
-
-
-def _unpack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors as Interlace's layers expect them: [out, in] where GPT-2 stores [in, out], the fused projection of
-    query, key and value as three, and below `transformer` also where the checkpoint is of the bare body."""
-    for name, tensor in weights:
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        layer, _, kind = name.rpartition(".")
-        if layer.endswith((".c_attn", ".c_proj", ".c_fc")) and tensor.ndim == 2:
-            tensor = tensor.T
-        if layer.endswith(".c_attn"):
-            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=False):
-                yield f"{layer}.{projection}.{kind}", part
-        else:
-            yield name, tensor

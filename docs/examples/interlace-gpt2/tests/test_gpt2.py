@@ -69,10 +69,9 @@ def reference_logits(reference: Any) -> torch.Tensor:
         {"tie_word_embeddings": False},
     ],
 )
-@pytest.mark.parametrize("chunk", [None, 7, 1])
-def test_logits_are_those_of_transformers(changes: dict[str, Any], chunk: int | None):
+def test_logits_are_those_of_transformers(changes: dict[str, Any]):
     reference = make_reference(**changes)
-    logits = make_harness(reference).run(PROMPT, chunk)
+    logits = make_harness(reference).run(PROMPT)
     assert torch.allclose(logits, reference_logits(reference), atol=1e-4, rtol=0)
 
 
@@ -83,18 +82,6 @@ def test_a_checkpoint_of_the_bare_body_with_masks_loads_too():
     old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 96, 96).tril() for layer in range(3)}
     logits = make_harness(reference, old.items()).run(PROMPT)
     assert torch.allclose(logits, reference_logits(reference), atol=1e-4, rtol=0)
-
-
-def test_missing_and_misshapen_tensors_are_named():
-    reference = make_reference()
-    weights = dict(reference.state_dict())
-    del weights["transformer.h.1.mlp.c_fc.bias"]
-    weights["transformer.wpe.weight"] = torch.zeros(95, 32)
-    weights["transformer.h.0.attn.c_attn.weight"] = torch.zeros(32, 32)
-    with pytest.raises(CheckpointError) as caught:
-        make_harness(reference, weights.items())
-    for name in ("h.1.mlp.c_fc.bias", "wpe.weight is [95, 32] instead of [96, 32]", "h.0.attn.c_attn.q_proj.weight"):
-        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
