@@ -155,7 +155,7 @@ def check_version(kind: str, version: str, owner: str, package: str) -> None:
     if not version:
         raise PluginContractError(
             f"{owner} does not say which version of the {kind} contract it is written for; {speaks}. Upgrade "
-            f"{package}; its authors should state the version they wrote it for: Provider(..., api='{contract.version}')"
+            f"{package}; its authors should state the one they wrote it for: Provider(..., api='{contract.version}')"
         )
     if not isinstance(version, str) or not version.isdecimal() or version != str(int(version)):
         raise PluginContractError(

@@ -109,7 +109,7 @@ def test_contract_error_names_what_is_missing(schedulers, name, expected):
         ("odd", "for version '1.5' of the schedulers contract; this Interlace"),
         ("odd", "Provider.api should be a whole number as text. Upgrade interlace-demo; its authors should write api="),
         ("undeclared", "does not say which version of the schedulers contract it is written for; this Interlace"),
-        ("undeclared", "Upgrade interlace-demo; its authors should state the version they wrote it for: Provider(..."),
+        ("undeclared", "Upgrade interlace-demo; its authors should state the one they wrote it for: Provider(..."),
     ],
 )
 def test_contract_error_names_both_versions_and_the_cure(schedulers, name, expected):
