@@ -127,6 +127,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int = 0
     """Tokens of those found."""
+    plugin_seconds: dict[str, float] = {}
+    """`kind:name` → seconds spent in each plugin, as of `StepStats`."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):

@@ -45,6 +45,17 @@ class WorkloadFacts(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
+class PluginCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Time spent in one plugin, over all timed runs."""
+
+    plugin: str
+    """`kind:name`, or `events:package:entry_point`."""
+    seconds: float
+    seconds_per_step: float
+    share: float
+    """Of the duration of the runs, 0 to 1."""
+
+
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One run, in short."""
 
@@ -80,9 +91,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineFacts
     machine: Machine
     runs: list[RunFacts]
+    plugin_cost: list[PluginCost] | None = None
+    """What each plugin cost, the dearest first; None unless it was asked for."""
 
 
-def make_report(benchmark: str, workload: Workload, runs: Sequence[Run], session: Session, machine: Machine) -> Report:
+def make_report(
+    benchmark: str,
+    workload: Workload,
+    runs: Sequence[Run],
+    session: Session,
+    machine: Machine,
+    plugin_cost: bool = False,
+) -> Report:
     """Sum up runs of one workload. Call it while the engine still runs: its memory is part of the report."""
     facts = [_run_facts(run) for run in runs]
     queries, hits = sum(run.prefix_queries for run in runs), sum(run.prefix_hits for run in runs)
@@ -111,7 +131,20 @@ def make_report(benchmark: str, workload: Workload, runs: Sequence[Run], session
         engine=_engine_facts(session),
         machine=machine,
         runs=facts,
+        plugin_cost=_plugin_costs(runs) if plugin_cost else None,
     )
+
+
+def _plugin_costs(runs: Sequence[Run]) -> list[PluginCost]:
+    steps, duration = sum(run.steps for run in runs), sum(rates(run).duration_s for run in runs)
+    totals: dict[str, float] = {}
+    for run in runs:
+        for plugin, seconds in run.plugin_seconds.items():
+            totals[plugin] = totals.get(plugin, 0.0) + seconds
+    return [
+        PluginCost(plugin=plugin, seconds=seconds, seconds_per_step=seconds / max(1, steps), share=seconds / duration)
+        for plugin, seconds in sorted(totals.items(), key=lambda pair: -pair[1])
+    ]
 
 
 def _run_facts(run: Run) -> RunFacts:
@@ -138,7 +171,7 @@ def _engine_facts(session: Session) -> EngineFacts:
         weights=spec.weights,
         device=spec.device,
         threads=spec.threads or _default_threads(),
-        scheduler=spec.scheduler.name,
+        scheduler=spec.scheduler.label,
         executor=spec.executor.name,
         process=session.front.loaded.settings.engine.process,
         selections=selections,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from interlace.bench.metrics import Distribution, Spread
-from interlace.bench.report import Report
+from interlace.bench.report import PluginCost, Report
 from interlace.worker.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def _parts(report: Report) -> Iterable[RenderableType]:
     yield _facts("throughput" + _of_runs(report), _throughput_rows(report))
     yield _latency_table(report)
     yield _startup_table(report)
+    if report.plugin_cost is not None:
+        yield _plugin_table(report, report.plugin_cost)
 
 
 def _of_runs(report: Report) -> str:
@@ -98,6 +100,14 @@ def _startup_table(report: Report) -> RenderableType:
     table = _table("start, s", [name for name, _ in _STARTUP_PARTS])
     seconds = [getattr(report.startup, field) for _, field in _STARTUP_PARTS]
     table.add_row(*("-" if value is None else f"{value:.2f}" for value in seconds))
+    return table
+
+
+def _plugin_table(report: Report, costs: list[PluginCost]) -> RenderableType:
+    table = _table(f"plugins, over {report.steps:,} steps", ("", "seconds", "µs a step", "share of the time"))
+    for cost in costs:
+        share, per_step = f"{cost.share:.2%}", f"{cost.seconds_per_step * 1e6:,.1f}"
+        table.add_row(cost.plugin, f"{cost.seconds:,.3f}", per_step, share)
     return table
 
 

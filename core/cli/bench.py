@@ -48,6 +48,13 @@ def _add_throughput(benchmarks: Any) -> None:
     _add_count(parser, "--prefix-len", None, "tokens that all random prompts share, before their own (0)", least=0)
     _add_count(parser, "--num-warmups", 4, "requests run before, untimed, with short answers (4)", least=0)
     _add_count(parser, "--repeat", 1, "timed runs; the median and the range are reported (1)")
+    parser.add_argument("--plugin-cost", action="store_true", help="report the time spent in each plugin, too")
+    parser.add_argument(
+        "--processors",
+        type=_processors,
+        metavar="JSON",
+        help='logits processors that every request names, with their arguments: \'{"no_repeat_ngram": {"size": 3}}\'',
+    )
     _add_common(parser)
 
 
@@ -68,6 +75,15 @@ def _add_latency(benchmarks: Any) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-detokenize", action="store_true", help="do not turn tokens into text")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _processors(text: str) -> dict[str, dict[str, Any]]:
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text, type=dict[str, dict[str, Any]])
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(f"should be a JSON object of objects: {error}") from None
 
 
 def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str, least: int = 1) -> None:
@@ -105,7 +121,7 @@ def _throughput(args: argparse.Namespace, loaded: LoadedSettings) -> Report:
     from interlace.bench.workloads import write_items
 
     machine = inspect_machine()
-    with Session(loaded, detokenize=not args.disable_detokenize) as session:
+    with Session(loaded, detokenize=not args.disable_detokenize, processors=args.processors) as session:
         workload = _workload(args, session)
         if args.save_workload is not None:
             write_items(Path(args.save_workload), workload.items)
@@ -115,7 +131,7 @@ def _throughput(args: argparse.Namespace, loaded: LoadedSettings) -> Report:
         for number in range(args.repeat):
             runs.append(session.run(workload.items))
             _say_run(f"run {number + 1} of {args.repeat}", runs[-1])
-        return make_report("throughput", workload, runs, session, machine)
+        return make_report("throughput", workload, runs, session, machine, args.plugin_cost)
 
 
 def _latency(args: argparse.Namespace, loaded: LoadedSettings) -> Report:

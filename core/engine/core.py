@@ -350,6 +350,9 @@ class EngineCore:
         self.kv.check_integrity(places)
 
     def _stats(self, step: InFlightStep, result: StepResult, now: float) -> StepStats:
+        plugin_seconds = {self._policy.account: self._policy.take_seconds()}
+        if result.plugin_seconds:
+            plugin_seconds.update(result.plugin_seconds)
         return StepStats(
             step_id=result.step_id,
             now=now,
@@ -365,7 +368,7 @@ class EngineCore:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             degraded=self.degraded,
-            plugin_seconds={self._policy.account: self._policy.take_seconds(), **result.plugin_seconds},
+            plugin_seconds=plugin_seconds,
         )
 
 
