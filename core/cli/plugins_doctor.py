@@ -291,6 +291,10 @@ def _print(diagnosis: Diagnosis) -> None:
         print(f"\n{finding.level}: {finding.subject}: {finding.text}\n  cure: {finding.cure}")
     errors, warnings = diagnosis.count("error"), diagnosis.count("warning")
     if errors or warnings:
-        print(f"\n{errors} errors, {warnings} warnings")
+        print(f"\n{_counted(errors, 'error')}, {_counted(warnings, 'warning')}")
     else:
         print("\nnothing is wrong")
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

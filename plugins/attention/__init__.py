@@ -14,4 +14,5 @@ def interlace_attention() -> Iterable[Provider]:
         target="interlace.plugins.attention.torch:TorchAttention",
         summary="readable reference: any device, windows, soft cap",
         api="1",
+        options="interlace.interfaces.attention:AttentionBackend.Options",  # none of its own
     )

@@ -14,4 +14,5 @@ def interlace_kernels() -> Iterable[Provider]:
         target="interlace.plugins.kernels.torch:TorchKernels",
         summary="plain torch on any device; prepacked oneDNN linears on CPU",
         api="1",
+        options="interlace.interfaces.kernels:Kernels.Options",  # none of its own
     )
