@@ -6,6 +6,10 @@
     histories         run_history: random traffic, faults and aborts from one seed
     guard             CheckedPolicy: a scheduling policy that sees its contract and nothing else
     adversaries       policies that do everything wrong, which the core survives
+    executor_driver   Driver: an engine core over a real executor, with a bound on every wait
+    footprint         Footprint: processes, threads, files and shared memory that something left behind
+    faults            a checkpoint and a logits processor that fail on purpose, in whatever process
+    time_limit        time_limit: end what does not end by itself, at the line where it hangs
     overhead          what the engine itself costs per step: python -m interlace.testing.overhead
     fakes             ScriptedClient: an engine client with known answers, for what surrounds the engine
     model_harness     ModelHarness: a model over a paged cache, without an engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -77,6 +78,7 @@ class Driver:
         self.spoil: int | None = None
         """The step whose plan is to name a slot that does not exist."""
         self._timeout_s = timeout_s
+        self._vocab_size = spec.model_config.vocab_size
         self._clock = MonotonicClock()
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         with time_limit(timeout_s, "start"):
@@ -173,8 +175,8 @@ class Driver:
         except (Exception, CancelledError) as error:
             self._take_failure(plan, error)
             return
+        _check_columns(plan, result, self._vocab_size)
         self.steps.append((plan, result))
-        assert result.step_id == plan.step_id, f"order: step {plan.step_id} gave the result of step {result.step_id}"
         self._absorb(self.core.update(result, self._clock.now()))
 
     def _take_failure(self, plan: StepPlan, error: BaseException) -> None:
@@ -195,3 +197,12 @@ class Driver:
             start += count
         for name, info in output.finished.items():
             self.errors[name] = info.error
+
+
+def _check_columns(plan: StepPlan, result: StepResult, vocab_size: int) -> None:
+    what = f"result of step {plan.step_id}"
+    assert result.step_id == plan.step_id, f"order: the {what} says that it is of step {result.step_id}"
+    assert len(result.counts) == len(plan.slots), f"{what}: {len(result.counts)} counts for {len(plan.slots)} rows"
+    assert sum(result.counts) == len(result.token_ids), f"{what}: the counts do not add up to the tokens"
+    assert all(0 <= token < vocab_size for token in result.token_ids), f"{what}: no such token: {result.token_ids}"
+    assert 0 <= result.duration < math.inf, f"{what}: a duration of {result.duration} s"

@@ -29,13 +29,16 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise OutOfTimeError(f"{what} has not ended after {seconds:g} s")
 
     clock = MonotonicClock()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # so that the outer alarm meets its own handler, or none
     began = clock.now()
     handler = signal.signal(signal.SIGALRM, interrupt)
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, outer - (clock.now() - began)))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # the alarm may come at the last moment
+            signal.signal(signal.SIGALRM, handler)
+            if outer:
+                signal.setitimer(signal.ITIMER_REAL, max(0.001, outer - (clock.now() - began)))

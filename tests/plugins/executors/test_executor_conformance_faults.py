@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 import threading
 from concurrent.futures import Future
 
@@ -12,6 +13,7 @@ import pytest
 from interlace.plugins.executors.uniprocess import UniprocessExecutor
 from interlace.testing import ExecutorConformance
 from interlace.testing.conformance import failures
+from interlace.testing.executor_suite import add_traffic
 
 
 class Threaded(UniprocessExecutor):
@@ -70,6 +72,24 @@ class TestThreaded(ExecutorConformance):
     executor = Threaded
 
 
+def test_the_traffic_is_worth_it(tmp_path):
+    """Preemption, chunked prefill, prefix hits and mixed steps all happen, so that an executor could get them wrong."""
+    suite = TestThreaded()
+    suite.setup_class()
+    with suite.driver(suite.spec(tmp_path)) as driver:
+        add_traffic(driver, random.Random(0))
+        driver.run()
+    plans = [plan for plan, _ in driver.steps]
+    assert any(plan.preempted for plan in plans)
+    assert any(plan.finished for plan in plans)
+    assert any(not all(plan.sample) for plan in plans)
+    assert any(admission.num_cached_tokens for plan in plans for admission in plan.admitted)
+    assert any(1 in plan.num_tokens and max(plan.num_tokens) > 1 for plan in plans)
+    assert any(result.logprobs for _, result in driver.steps) and any(
+        result.prompt_logprobs for _, result in driver.steps
+    )
+
+
 # ── order and results ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -125,7 +145,7 @@ class OneAtATime(Threaded):
     ("executor", "text"),
     [
         (OutOfOrder, "order: steps [0, 1, 2,"),
-        (Swapped, "order: step 0 gave the result of step 1"),
+        (Swapped, "order: the result of step 0 says that it is of step 1"),
         (RowsReversed, "tokens: the result of step"),
         (IgnoresSeeds, "tokens: the result of step"),
         (ForgetsLogprobs, "logprobs: the result of step"),
@@ -227,7 +247,7 @@ class SwallowsFailures(Threaded):
         (RaisesFromSubmit, "failure: submit raised IndexError"),
         (Speechless, "says nothing"),
         (PretendsToBeHealthy, "failure: after a failed step check_health raises nothing"),
-        (SwallowsFailures, ""),
+        (SwallowsFailures, "result of step 0: 0 counts for 1 rows"),
     ],
 )
 def test_failures_that_are_not_reported(complaint, executor, text):
