@@ -14,33 +14,29 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
 
 import msgspec
 import zmq
 
-from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnEvent, OnOutput
-from interlace.engine.inline_client import PendingCalls
-from interlace.engine.loop import Abort, Add, Command, Control, Stop
+from interlace.engine.client import OnDeath, OnEvent, OnOutput
+from interlace.engine.command_client import CommandClient
+from interlace.engine.loop import Command, Stop
 from interlace.engine.wire import Died, Event, Output, Ready, Reply, decode_from_engine, encode
 from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorInfo
-from interlace.messages import EngineRequest
 from interlace.spec import ResolvedSpec
 
 STOP_TIMEOUT = 10.0
 """Seconds a child is given to end by itself before it is killed."""
 
 
-class SubprocessClient(EngineClient):
+class SubprocessClient(CommandClient):
     """Starts and supervises one engine process. Its death reaches `on_death` with the child's exception chained."""
 
     def __init__(self, spec: ResolvedSpec) -> None:
+        super().__init__()
         self._spec = spec
-        self._calls = PendingCalls()
         self._send_lock = threading.Lock()
-        self._dead: EngineDeadError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -125,43 +121,17 @@ class SubprocessClient(EngineClient):
         else:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
             text = f"the engine process (pid {self._process.pid}) {how} without a word"
-        self._dead = EngineDeadError(text)
-        self._dead.__cause__ = cause
-        self._calls.fail_all(self._dead)
+        death = self._died(EngineDeadError(text), cause)
         if not ready.done():
-            ready.set_exception(cause or self._dead)
+            ready.set_exception(cause or death)
         elif not self._closing:
-            on_death(self._dead)
+            on_death(death)
 
-    def _post(self, command: Command) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(str(self._dead)) from self._dead.__cause__
+    def _send(self, command: Command) -> None:
         if self._process is None:
             raise EngineDeadError("the engine was not started")
         with self._send_lock:
             self._commands.send(encode(command))
-
-    def add(self, requests: list[EngineRequest]) -> None:
-        self._post(Add(requests))
-
-    def abort(self, request_ids: list[str]) -> None:
-        self._post(Abort(request_ids))
-
-    def health(self, timeout: float = 5.0) -> EngineHealth:
-        return msgspec.convert(self._call("health", {}, timeout), EngineHealth)
-
-    def control(self, operation: str, **arguments: Any) -> Any:
-        return self._call(operation, arguments, None)
-
-    def _call(self, operation: str, arguments: dict[str, Any], timeout: float | None) -> Any:
-        call_id, future = self._calls.open()
-        self._post(Control(call_id, operation, arguments))
-        if self._dead is not None:  # it may have died between the check and the post
-            self._calls.fail_all(self._dead)
-        try:
-            return future.result(timeout)
-        except FutureTimeoutError:
-            raise EngineDeadError(f"the engine loop did not answer within {timeout} s") from None
 
     def shutdown(self) -> None:
         if self._process is None or self._closing:
