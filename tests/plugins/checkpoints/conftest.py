@@ -161,3 +161,9 @@ def gguf_bytes(request, tmp_path_factory):
         write_gguf(path, arch, kind="Q4_0", metadata=metadata)
     start = min(tensor.data_offset for tensor in gguf.GGUFReader(path).tensors)
     return path.read_bytes(), int(start)
+
+
+@pytest.fixture(scope="session")
+def gguf_writer():
+    """`write_gguf`, for suites that say themselves where to write."""
+    return write_gguf
