@@ -142,7 +142,7 @@ class StepResult(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     """Row → one entry per prompt position predicted in this step (position p+1 from token p)."""
     errors: dict[int, str] = {}
-    """Row → why only this request failed."""
+    """Row → why only this request failed. What it computed into the KV cache is sound: others may share it."""
     plugin_seconds: dict[str, float] = {}
     """`kind:name` → seconds the step spent in each logits processor."""
     attachments: Attachments = {}
