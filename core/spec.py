@@ -6,6 +6,8 @@ discovering plugins, reading the environment or the configuration again. It carr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -77,8 +79,15 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
         Raises what `load` raises; `PluginError`, cause chained, when making the instance fails."""
         target = self.load()
         used = {option: [part.build() for part in parts] for option, parts in self.uses.items()}
-        try:
+        with self.blamed():
             return target(self.load_options(target), *arguments, **used)
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Code of the plugin runs while the engine is set up: whatever it raises that is no error of Interlace becomes
+        a `PluginError` which names the plugin, with the cause chained."""
+        try:
+            yield
         except InterlaceError:
             raise
         except (Exception, SystemExit) as error:

@@ -55,15 +55,16 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return (self.kv.num_blocks - 1) // max(1, len(self.kv.groups)) * self.kv.block_size
 
 
-def _choose(kind: str, candidates: tuple[Component, ...], what: str, ask: Any) -> tuple[Component, Any, str]:
+def _choose(kind: str, candidates: tuple[Component, ...], what: str, ask: Any) -> tuple[Component, str]:
     """The first candidate whose class gives no reason against; the reason names what the others said."""
     against: list[str] = []
     for component in candidates:
         target = component.load()
-        reason = ask(target)
+        with component.blamed():
+            reason = ask(target)
         if reason is None:
             why = component.reason if not against else f"{component.reason}; {'; '.join(against)}"
-            return component, target, why
+            return component, why
         against.append(f"not {component.name}: {reason}")
     raise PluginError(f"no {kind} provider can serve {what}: {'; '.join(against)}. Set {kind}.use to another one.")
 
@@ -77,14 +78,13 @@ def plan_attention(spec: ResolvedSpec, model: type[Model], tensor_parallel: int 
     block_size = spec.cache.block_size
     for group in groups:
         layer = specs[group.layers[0]]
-        component, target, why = _choose(
+        component, why = _choose(
             "attention",
             spec.attention,
             f"{layer.kind} attention of head size {layer.head_size}",
             lambda target, layer=layer: _attention_refusal(target, layer, spec),
         )
-        options = component.load_options(target)
-        backends.append(target(options, layer, block_size, spec.dtype, spec.device))
+        backends.append(component.build(layer, block_size, spec.dtype, spec.device))
         selections[Selection("attention", component.name, why)] = None
     return AttentionPlan(specs, groups, backends, tuple(selections))
 
@@ -108,8 +108,8 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:
     kernel_spec = KernelSpec(spec.dtype, spec.device, spec.weights, spec.deterministic)
     providers = []
     for component in spec.kernels:
-        target = component.load()
-        providers.append((component, target, target(component.load_options(target), kernel_spec)))
+        provider = component.build(kernel_spec)
+        providers.append((component, type(provider), provider))
     ops: dict[str, Any] = {}
     won: dict[str, list[str]] = {}
     against: dict[str, None] = {}
@@ -212,4 +212,6 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
 def weight_bytes(model_class: type[Model], spec: ResolvedSpec, kernels: Kernels) -> int:
     """Size of the weights in the type they are kept in, from a model without storage."""
     kept: torch.dtype = getattr(torch, kernels.spec.weight_dtype)
-    return model_class(spec.model_config, build_context(spec, kernels, "meta")).num_parameters * kept.itemsize
+    context = build_context(spec, kernels, "meta")
+    with spec.architecture.blamed():
+        return model_class(spec.model_config, context).num_parameters * kept.itemsize

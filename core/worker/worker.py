@@ -48,7 +48,9 @@ class Worker:
         needed = weight_bytes(model_class, spec, kernels)
         kv = size_cache(spec, attention, max(0, free_memory(spec.device) - needed))
         imported = now()
-        model = model_class(spec.model_config, build_context(spec, kernels, spec.device))
+        context = build_context(spec, kernels, spec.device)
+        with spec.architecture.blamed():
+            model = model_class(spec.model_config, context)
         checkpoint_class = spec.checkpoint.load()
         checkpoint: Checkpoint = checkpoint_class(spec.checkpoint.load_options(checkpoint_class), Path(spec.model_path))
         model.load_weights(self._with_progress(checkpoint))

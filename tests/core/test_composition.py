@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import msgspec
@@ -22,10 +23,19 @@ from interlace.errors import (
 )
 from interlace.messages import EngineRequest, SamplingParams
 from interlace.plugin_manager import PluginManager
-from interlace.resolve import select_components
+from interlace.resolve import resolve, select_components
 from interlace.spec import Component, SchedulerLimits
 from interlace.testing.executor import scripted_spec
 
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 BOTH = pytest.mark.parametrize("process", ["inline", "subprocess"])
 
 
@@ -254,3 +264,31 @@ def test_processors_of_one_name_are_called_by_what_the_configuration_calls_them(
         ("second:same", "second:Same"),
         ("first:same", "first:Same"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "process"),
+    [
+        ("attention", "inline"),
+        ("attention", "subprocess"),
+        ("kernels", "inline"),
+        ("logits_processors", "inline"),
+        ("models", "inline"),
+    ],
+)
+def test_whatever_kind_it_is_the_start_says_which_plugin_failed(install, monkeypatch, kind, process, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", install("vips")[0])
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    settings = {"model": str(tmp_path / "config.json"), "checkpoint.use": "dummy", "device": "cpu"}
+    loaded = load_settings({**settings, "cache.memory": "1MiB"}, env={})
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    broken = Component(
+        kind=kind, name="fragile", target=f"interlace_vips_heavy:Fragile_{kind}", package="interlace-vips"
+    )
+    change = {"models": {"architecture": broken}}.get(kind, {kind: (broken,)})
+    client = make_client(msgspec.structs.replace(spec, **change), process, MonotonicClock())
+    with pytest.raises(PluginError) as caught:
+        client.start(lambda output: None, lambda error: None)
+    client.shutdown()
+    assert str(caught.value).endswith("'fragile' (interlace-vips) cannot be set up: OSError: no driver")
+    assert "no driver" in str(caught.value.__cause__)
