@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from interlace.kv.specs import KVCacheConfig
 from pydantic import BaseModel, ConfigDict
+
+from interlace.kv.specs import KVCacheConfig
 
 if TYPE_CHECKING:
     from interlace.messages import StepPlan, StepResult
@@ -53,7 +54,8 @@ class ExecutorEvent(msgspec.Struct, frozen=True):
 class Executor(ABC):
     """Runs step plans. Called from one thread; `on_event` may be called from any.
 
-    Steps run in the order of submission on every rank. A step that fails fails its successors already submitted.
+    Steps run in the order of submission on every rank. A step that fails fails its successors already submitted. The
+    slots such a plan released are not said again, so a worker takes an admission to a slot it believes taken.
     """
 
     class Options(BaseModel):

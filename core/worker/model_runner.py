@@ -71,7 +71,9 @@ class ModelRunner:
         for admission in plan.admitted:
             self._batch.admit(admission)
             self._sampler.add(admission.slot, admission)
-            if admission.params.prompt_logprobs is not None:
+            if admission.params.prompt_logprobs is None:
+                self._prompt_logprobs.discard(admission.slot)  # a plan that failed may have carried its release
+            else:
                 self._prompt_logprobs.add(admission.slot)
         self._batch.append_blocks(plan)
 
