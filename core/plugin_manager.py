@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import pluggy
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from interlace import hookspecs
 from interlace.clock import Clock
@@ -44,7 +43,7 @@ def find_installed(settings: PluginSettings) -> list[Installed]:
     allow, block = _canonical_set(settings.allow), _canonical_set(settings.block)
 
     def is_allowed(origin: Origin) -> bool:
-        package = canonicalize_name(origin.package)
+        package = canonical_name(origin.package)
         names = {package, f"{package}:{origin.entry_point}"}
         return not names & block and (not allow or bool(names & allow) or package == BUILT_IN)
 
@@ -53,7 +52,7 @@ def find_installed(settings: PluginSettings) -> list[Installed]:
         package, version = _name_and_version(entry_point.dist) if entry_point.dist else (entry_point.module, "")
         origin = Origin(package or entry_point.module, version, entry_point.name)
         found.append(Installed(origin, entry_point, is_allowed(origin)))
-    return sorted(found, key=lambda plugin: (canonicalize_name(plugin.origin.package), plugin.origin.entry_point))
+    return sorted(found, key=lambda plugin: (canonical_name(plugin.origin.package), plugin.origin.entry_point))
 
 
 class PluginManager:
@@ -177,20 +176,18 @@ class PluginManager:
         """What is wrong with each entry of `plugins.require` that is not met."""
         for text in self._settings.require:
             error = unmet_requirement(text, self._blocked)
+            failure = next((f for f in self._failures if is_required(f.origin.package, text)), None)
+            if error is None and failure is not None:
+                error = PluginImportError(f"plugins.require: '{text}' is installed but failed to load: {failure}")
+                error.__cause__ = failure.error
             if error is not None:
                 yield error
-                continue
-            name = canonicalize_name(Requirement(text).name)
-            for failure in self._failures:
-                if canonicalize_name(failure.origin.package) == name:
-                    error = PluginImportError(f"plugins.require: '{text}' is installed but failed to load: {failure}")
-                    error.__cause__ = failure.error
-                    yield error
-                    break
 
 
 def unmet_requirement(text: str, blocked: Sequence[Origin]) -> PluginError | None:
     """Why the entry `text` of `plugins.require` is not met, as far as that shows without importing the package."""
+    from packaging.requirements import Requirement  # slow to import, seldom needed
+
     requirement = Requirement(text)
     try:
         version = importlib.metadata.version(requirement.name)
@@ -201,10 +198,16 @@ def unmet_requirement(text: str, blocked: Sequence[Origin]) -> PluginError | Non
             f"plugins.require: '{text}' is not met: {requirement.name} {version} is installed. "
             f"Install it: pip install '{text}'"
         )
-    name = canonicalize_name(requirement.name)
-    if any(canonicalize_name(origin.package) == name for origin in blocked):
+    if any(is_required(origin.package, text) for origin in blocked):
         return PluginError(f"plugins.require: '{text}' is kept out by plugins.allow or plugins.block")
     return None
+
+
+def is_required(package: str, text: str) -> bool:
+    """Whether the entry `text` of `plugins.require` is about this distribution."""
+    from packaging.requirements import Requirement
+
+    return canonical_name(Requirement(text).name) == canonical_name(package)
 
 
 def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
@@ -216,10 +219,15 @@ def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[st
     return fields.get("Name", "").strip(), fields.get("Version", "").strip()
 
 
+def canonical_name(package: str) -> str:
+    """The form in which names of distributions are compared: `Slow_Metrics` → `slow-metrics` (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
 def _canonical_set(entries: Sequence[str]) -> set[str]:
     """`Slow_Metrics:main` → `slow-metrics:main`, for each entry."""
     parts = (entry.partition(":") for entry in entries)
-    return {f"{canonicalize_name(package)}{colon}{entry_point}" for package, colon, entry_point in parts}
+    return {f"{canonical_name(package)}{colon}{entry_point}" for package, colon, entry_point in parts}
 
 
 def _check_provider(given: Any, kind: str) -> hookspecs.Provider:

@@ -19,11 +19,12 @@ DATASETS = ("random", "sharegpt")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare `bench throughput` and `bench latency`."""
+    """Declare `bench throughput`, `bench latency` and `bench startup`."""
     parser = subparsers.add_parser("bench", help="measure throughput and latency", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     _add_throughput(benchmarks)
     _add_latency(benchmarks)
+    _add_startup(benchmarks)
 
 
 def _add_throughput(benchmarks: Any) -> None:
@@ -72,6 +73,18 @@ def _add_latency(benchmarks: Any) -> None:
     _add_common(parser)
 
 
+def _add_startup(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "startup",
+        help="a command, with many plugins installed",
+        description="Time `interlace plugins list` in fresh processes, with generated packages installed beside the "
+        "real ones. No model is loaded.",
+    )
+    _add_count(parser, "--packages", 50, "generated packages (50)")
+    _add_count(parser, "--repeat", 5, "runs; medians are reported (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-detokenize", action="store_true", help="do not turn tokens into text")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -99,7 +112,9 @@ def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the benchmark and print its report; everything else goes to stderr."""
     if args.benchmark is None:
-        raise UsageError("which benchmark? interlace bench throughput, or interlace bench latency")
+        raise UsageError("which benchmark? interlace bench throughput, bench latency or bench startup")
+    if args.benchmark == "startup":
+        return _startup(args)
     if args.benchmark == "throughput":
         _check_dataset_flags(args)
     report = _throughput(args, loaded) if args.benchmark == "throughput" else _latency(args, loaded)
@@ -111,6 +126,23 @@ def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
         from interlace.bench.tables import print_report
 
         print_report(report)
+    return 0
+
+
+def _startup(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from interlace.bench.plugins import measure_listing
+
+    times = measure_listing(args.packages, args.repeat)
+    if args.json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(times), indent=2).decode() + "\n")
+        return 0
+    print(f"interlace plugins list with {times.packages} more packages: {times.command_s * 1000:.0f} ms")
+    print(f"  of which on a processor              {times.command_cpu_s * 1000:6.1f} ms")
+    print(f"  an interpreter that does nothing     {times.interpreter_s * 1000:6.1f} ms")
+    print(f"  reading the metadata of all packages {times.find_s * 1000:6.1f} ms")
+    print(f"  importing the plugins and asking them{times.discover_s * 1000:6.1f} ms")
     return 0
 
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
 
 from interlace.cli.plugins_probe import Checked, Checking, Discovered, Problem, Report, Task
 from interlace.cli.tables import print_table
@@ -23,7 +22,7 @@ from interlace.engine.startup import StartupProgress
 from interlace.errors import PluginError
 from interlace.hookspecs import Provider
 from interlace.interfaces.executor import ExecutorEvent
-from interlace.plugin_manager import Installed, find_installed, unmet_requirement
+from interlace.plugin_manager import Installed, find_installed, is_required, unmet_requirement
 from interlace.registry import Offer, Origin, Registry
 
 SLOW_MS = 200.0
@@ -229,11 +228,10 @@ def _requirements(settings: PluginSettings, installed: list[Installed], examined
     blocked = [plugin.origin for plugin in installed if not plugin.is_allowed]
     for text in settings.require:
         error = unmet_requirement(text, blocked)
-        name = canonicalize_name(Requirement(text).name)
         if error is not None:
             what, _, cure = str(error).removeprefix("plugins.require: ").partition(". Install it: ")
             yield Finding("error", "plugins.require", what, cure or "Take it out of one of the two settings")
-        elif any(one.state == "broken" and canonicalize_name(one.package) == name for one in examined):
+        elif any(one.state == "broken" and is_required(one.package, text) for one in examined):
             yield Finding(
                 "error",
                 "plugins.require",

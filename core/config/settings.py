@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 
 _UNITS = {"": 1, "B": 1} | {
@@ -207,6 +206,10 @@ class PluginSettings(Section):
     @field_validator("require")
     @classmethod
     def _requirements(cls, values: list[str]) -> list[str]:
+        if not values:
+            return values
+        from packaging.requirements import InvalidRequirement, Requirement  # slow to import, seldom needed
+
         for value in values:
             try:
                 Requirement(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +71,8 @@ def file_layer(path: str | Path) -> Layer:
 
 def _read_file(path: Path) -> dict[str, Any]:
     """The file's table, by pydantic-settings: imported for a file only, since it takes longer than all the rest."""
+    import tomllib
+
     import yaml
     from pydantic_settings import BaseSettings, TomlConfigSettingsSource, YamlConfigSettingsSource
 

@@ -30,9 +30,7 @@ def write_package(kind: str, name: str, directory: Path | None = None) -> list[P
     check_name(kind, name)
     root = directory or Path(distribution_of(kind, name))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ScaffoldError(
-            f"'{root}' exists and is no empty directory: nothing was written. Try --directory ELSEWHERE"
-        )
+        raise ScaffoldError(f"'{root}' exists and is not empty: nothing was written. Choose another: --directory D")
     written = []
     for relative, text in render(kind, name).items():
         path = root / relative
@@ -91,7 +89,7 @@ def distribution_of(kind: str, name: str) -> str:
     """What pip calls the package: `shortest_first` → interlace-shortest-first, TinyForCausalLM → interlace-tiny."""
     if kind == "models":
         name = re.sub(r"(ForCausalLM|LMHeadModel)$", "", name)
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", name).lower()
     return f"interlace-{name.replace('_', '-')}"
 
 
