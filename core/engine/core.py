@@ -101,10 +101,10 @@ class EngineCore:
         if request.id in self.queues.requests:
             raise InvalidRequestError(f"a request with id '{request.id}' is already running; ids must be unique")
         state = RequestState(request, self._max_model_len, len(self.kv.config.groups))
+        self._policy.on_arrival(state, now)
         self.queues.add(state)
         if state.deadline is not None:
             heapq.heappush(self._deadlines, (state.deadline, state.id))
-        self._policy.on_arrival(state, now)
         if state.max_tokens < 1:
             text = f"the prompt has {state.num_prompt_tokens} tokens, max_model_len is {self._max_model_len}"
             self._end_with_error(state, text, "prompt_too_long")

@@ -178,7 +178,7 @@ class Scheduler(ABC):
         return request.arrival_time
 
     def on_arrival(self, request: RequestView, now: float) -> None:
-        """A request was added."""
+        """A request arrives; the first call about it, before `order_key`."""
 
     def on_update(self, progress: Progress, now: float) -> None:
         """A step finished; once per step."""

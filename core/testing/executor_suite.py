@@ -31,7 +31,7 @@ from interlace.resolve import resolve
 from interlace.spec import Component, ResolvedSpec
 from interlace.testing.conformance import Conformance
 from interlace.testing.executor_driver import Driver, UnhealthyError, WorkerExecutor
-from interlace.testing.faults import FAILING, MESSAGE, UNREADABLE
+from interlace.testing.faults import MESSAGE, failing, unreadable
 from interlace.testing.footprint import Footprint
 from interlace.testing.time_limit import OutOfTimeError, time_limit
 
@@ -201,11 +201,11 @@ class ExecutorConformance(Conformance):
 
     def test_a_row_fails_alone(self, tmp_path: Path) -> None:
         """A request that cannot be sampled is reported in the result; the others get their tokens."""
-        spec = self.spec(tmp_path, logits_processors=(FAILING,))
+        spec = self.spec(tmp_path, logits_processors=(failing(),))
         expected = self.reference_tokens(spec, [7, 8, 9], **GREEDY)
         with self.driver(spec) as driver:
             good = driver.add([7, 8, 9], **GREEDY)
-            bad = driver.add([4, 5], logits_processors={FAILING.name: {}}, **GREEDY)
+            bad = driver.add([4, 5], logits_processors={failing().name: {}}, **GREEDY)
             driver.run()
             assert MESSAGE in (driver.errors.get(bad) or ""), (
                 f"errors: a row that failed with '{MESSAGE}' is reported as {driver.errors.get(bad)!r}"
@@ -239,7 +239,7 @@ class ExecutorConformance(Conformance):
     def test_a_failed_start_says_why(self, tmp_path: Path) -> None:
         """`start` raises the true cause; shutdown works, nothing stays behind, and the next engine starts."""
         spec = self.spec(tmp_path)
-        broken = msgspec.structs.replace(spec, checkpoint=UNREADABLE)
+        broken = msgspec.structs.replace(spec, checkpoint=unreadable())
         for attempt in range(2):  # what the first one loads once and for all is no leak
             before = Footprint.take()
             executor = self.make_executor()

@@ -46,5 +46,11 @@ class FailingProcessor(LogitsProcessor):
         raise ValueError(MESSAGE)
 
 
-UNREADABLE = Component(kind="checkpoints", name="unreadable", target=f"{__name__}:UnreadableCheckpoint")
-FAILING = Component(kind="logits_processors", name="failing", target=f"{__name__}:FailingProcessor")
+def unreadable() -> Component:
+    """`UnreadableCheckpoint` as part of a spec."""
+    return Component(kind="checkpoints", name="unreadable", target=f"{__name__}:UnreadableCheckpoint")
+
+
+def failing() -> Component:
+    """`FailingProcessor` as part of a spec."""
+    return Component(kind="logits_processors", name="failing", target=f"{__name__}:FailingProcessor")

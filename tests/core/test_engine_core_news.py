@@ -87,6 +87,16 @@ class TestFailures:
         with pytest.raises(InterlaceError, match="result of step 7 arrived, step 0 was expected"):
             engine.core.update(StepResult(step_id=7, counts=[1], token_ids=[1], duration=0.0), 0.0)
 
+    def test_a_policy_hears_of_a_request_before_its_key_is_asked_for(self):
+        class Remembers(Listens):
+            def order_key(self, request):
+                self.heard.append(("key", request.id))
+                return request.arrival_time
+
+        policy = Remembers()
+        harness(policy).add([1], id="a")
+        assert policy.heard == [("arrival", "a", 0.0), ("key", "a")]
+
     @pytest.mark.parametrize("method", ["on_arrival", "on_update", "on_finish"])
     def test_a_policy_that_raises_where_it_listens_hurts_nobody(self, method, caplog):
         class Faulty(Fcfs):
