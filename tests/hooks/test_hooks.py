@@ -53,6 +53,10 @@ def test_hook_interlace_schedulers():
     offered("schedulers")
 
 
+def test_hook_interlace_orderings():
+    offered("orderings")
+
+
 def test_hook_interlace_attention():
     offered("attention")
 
