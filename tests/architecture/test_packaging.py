@@ -69,4 +69,8 @@ def test_wheel_holds_exactly_the_package(repo_root, tmp_path):
     expected |= {f"interlace/{p.relative_to(repo_root).as_posix()}" for p in (repo_root / "plugins").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
     assert "interlace/py.typed" in names
+    templates = {
+        f"interlace/{p.relative_to(repo_root / 'core').as_posix()}" for p in (repo_root / "core").rglob("*.tmpl")
+    }
+    assert templates and {name for name in names if name.endswith(".tmpl")} == templates
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
