@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _BOS, _EOS = "<bos>", "<eos>"
 _BYTE_VOCABULARY = 256 + 2
+_MAX_LAYERS = 10_000  # far beyond any model; what asks for more is a slip
 
 
 class DummyCheckpoint(Checkpoint):
@@ -66,17 +67,17 @@ class DummyCheckpoint(Checkpoint):
         import torch
 
         config = self.config()
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, config.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise CheckpointError(f"{self.path}: '{config.dtype}' is no type weights can have; use float32 or bfloat16")
         for name, shape in self._shapes.items():
-            # torch's CPU generator takes 32 bits of a seed
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.options.seed} {name}".encode()))
-            if len(shape) > 1:  # keeps the size of activations: the logits stay finite at any depth
-                tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-            elif name.endswith("norm.weight") and not config.architecture.startswith("Gemma"):
-                tensor = torch.ones(shape)
-            else:  # biases; and Gemma's norms, which count from one
-                tensor = torch.zeros(shape)
-            yield name, tensor.to(dtype)
+            try:
+                tensor = _random_tensor(shape, name, config.architecture, self.options.seed).to(dtype)
+            except (RuntimeError, MemoryError) as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{name}' of shape {list(shape)} cannot be made ({error}); use a smaller model"
+                ) from error
+            yield name, tensor
 
     def num_weights(self) -> int:
         return len(self._shapes)
@@ -87,17 +88,36 @@ class DummyCheckpoint(Checkpoint):
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return weight_shapes(self.config())
+        return weight_shapes(self.config(), str(self.path))
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face weight names and shapes of the dense decoder families (Llama, Mistral, Qwen 2 and 3, Gemma 3)."""
+def _random_tensor(shape: tuple[int, ...], name: str, architecture: str, seed: int) -> torch.Tensor:
+    import torch
+
+    # torch's CPU generator takes 32 bits of a seed
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if len(shape) > 1:  # keeps the size of activations: the logits stay finite at any depth
+        values: torch.Tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return values
+    if name.endswith("norm.weight") and not architecture.startswith("Gemma"):
+        return torch.ones(shape)
+    return torch.zeros(shape)  # biases; and Gemma's norms, which count from one
+
+
+def weight_shapes(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Hugging Face weight names and shapes of the dense decoder families (Llama, Mistral, Qwen 2 and 3, Gemma 3).
+
+    `where` names the file in errors."""
     known = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
     family = config.architecture.removesuffix("ForCausalLM")
     if family not in known:
         raise CheckpointError(
-            f"random weights cannot be made for {config.architecture}; "
+            f"{where}: random weights cannot be made for {config.architecture}; "
             f"known: {', '.join(f'{name}ForCausalLM' for name in known)}"
+        )
+    if config.num_layers > _MAX_LAYERS:
+        raise CheckpointError(
+            f"{where}: random weights cannot be made for num_hidden_layers = {config.num_layers}; at most {_MAX_LAYERS}"
         )
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_size
     queries, keys = config.num_heads * head, config.num_kv_heads * head
