@@ -22,7 +22,7 @@ COMMANDS = {
     "chat": "talk to a model",
     "bench": "measure throughput and latency",
     "models": "list the models that are installed",
-    "plugins": "list plugins: what is installed, selected, blocked or broken",
+    "plugins": "list, show, check and create plugins",
     "config": "show, explain and check the configuration",
 }
 """Command → one line of help; the module has the same name."""

@@ -67,7 +67,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _seconds(text: str) -> float:
     seconds = float(text)
-    if not seconds > 0:
+    if not 0 < seconds < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is not a time")
     return seconds
 

@@ -43,6 +43,19 @@ def test_qualified_name_selects_one_of_two(capsys, install):
     }
 
 
+def test_unmet_requirement_is_a_warning_and_no_obstacle(capsys, install):
+    install("demo")
+    assert cli.main(["plugins", "--json", "--plugins.require", "interlace-demo>=2,interlace-none"]) == 0
+    out, err = capsys.readouterr()
+    assert "demo" in {row["name"] for row in json.loads(out)}
+    assert [line for line in err.splitlines() if "WARNING" in line] == [
+        "interlace: WARNING: no engine will start: plugins.require: 'interlace-demo>=2' is not met: interlace-demo 1.2 "
+        "is installed. Install it: pip install 'interlace-demo>=2'",
+        "interlace: WARNING: no engine will start: plugins.require: 'interlace-none' is not installed. Install it: "
+        "pip install 'interlace-none'",
+    ]
+
+
 def test_plain_table(capsys):
     assert cli.main(["plugins"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -222,7 +222,7 @@ def test_built_in_plugins_are_in_order():
     assert not [finding for finding in found.findings if finding.subject != "interlace"]
 
 
-@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan"])
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", "inf"])
 def test_timeout_is_a_time(capsys, timeout):
     assert cli.main(["plugins", "doctor", f"--timeout={timeout}"]) == 2
     assert "--timeout" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from interlace import Provider, hookimpl
 from interlace.config import load_settings
 from interlace.errors import PluginContractError, PluginError, PluginImportError, PluginNotFoundError
-from interlace.plugin_manager import PluginManager
+from interlace.plugin_manager import PluginManager, find_installed
 
 
 def manager(*extra, **plugins) -> PluginManager:
@@ -201,3 +201,45 @@ def test_two_managers_with_different_settings_coexist(install):
     assert not calls
     with_demo.events.on_shutdown()
     assert calls == ["first"]
+
+
+def write_distribution(folder, metadata: str | None) -> None:
+    info = folder / "interlace_odd-1.0.dist-info"
+    info.mkdir()
+    if metadata is not None:
+        (info / "METADATA").write_text(metadata)
+    (info / "entry_points.txt").write_text("[interlace]\nodd = interlace_odd\n")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ("Metadata-Version: 2.1\nName: Interlace_Odd\nVersion: 1.0\n", ("Interlace_Odd", "1.0")),
+        ("Metadata-Version: 2.1\r\nName: odd\r\nVersion: 1.0\r\n\r\nName: not this\r\n", ("odd", "1.0")),
+        ("Name: odd\nVersion: 1.0\nName: again\n\nVersion: not this\n", ("odd", "1.0")),
+        ("Metadata-Version: 2.1\n\nName: in the readme\n", ("interlace_odd", "")),
+        (None, ("interlace_odd", "")),
+    ],
+)
+def test_name_and_version_come_from_the_head_of_the_metadata(tmp_path, monkeypatch, metadata, expected):
+    write_distribution(tmp_path, metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = load_settings({}, env={}).settings.plugins
+    (found,) = [plugin for plugin in find_installed(settings) if plugin.entry_point.name == "odd"]
+    assert (found.origin.package, found.origin.version) == expected
+
+
+def test_what_discovery_found_can_be_given(install):
+    install("demo", "broken")
+    installed = [plugin for plugin in find_installed(load_settings({}, env={}).settings.plugins) if plugin.is_allowed]
+    (demo,) = [plugin for plugin in installed if plugin.origin.package == "interlace-demo"]
+    plugins = PluginManager(installed=[demo])
+    assert "demo" in plugins.registry("schedulers") and "fcfs" not in plugins.registry("schedulers")
+    assert not plugins.failures
+
+
+def test_requirements_need_not_be_enforced():
+    settings = load_settings({"plugins": {"require": ["interlace-none"]}}, env={}).settings
+    plugins = PluginManager(settings, enforce=False)
+    (error,) = plugins.unmet_requirements()
+    assert isinstance(error, PluginNotFoundError) and "fcfs" in plugins.registry("schedulers")
