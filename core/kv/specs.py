@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+
 from interlace.errors import CapacityError
 
 NULL_BLOCK = 0
