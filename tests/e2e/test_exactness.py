@@ -144,6 +144,7 @@ def test_preemption_equals_live_transformers(live: list[Reference]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["smollm2", "gemma3-270m"])
 class TestAllReferences:
     def test_alone(self, model: str) -> None:
