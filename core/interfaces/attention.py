@@ -35,8 +35,18 @@ class AttentionSpec(msgspec.Struct, frozen=True):
     """Multiplier of the scores; 0 means head_size ** -0.5."""
 
     @property
-    def kv_key(self) -> tuple[str, int, int, int]:
-        return (self.kind, self.window, self.num_kv_heads, self.head_size)
+    def kv_key(self) -> tuple[str, int, int, int, int, float, float]:
+        """What decides the group: what the cache holds (kind, window, KV heads, head size), then what else a backend
+        is built for, so that one backend serves all layers of a group."""
+        return (
+            self.kind,
+            self.window,
+            self.num_kv_heads,
+            self.head_size,
+            self.num_heads,
+            self.softcap,
+            self.softmax_scale,
+        )
 
     @property
     def softmax_scale(self) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
 from interlace.errors import CapacityError
@@ -35,21 +38,22 @@ class KVCacheConfig(msgspec.Struct, frozen=True, kw_only=True):
         return max((len(group.layers) for group in self.groups), default=0)
 
 
-def group_layers(keys: list[tuple[str, int, int, int]]) -> tuple[KVGroup, ...]:
+def group_layers(keys: Sequence[tuple[Any, ...]]) -> tuple[KVGroup, ...]:
     """Cut layers into groups of equal size, so that one pool of equal blocks serves all of them.
 
-    `keys[i]` is `AttentionSpec.kv_key` of layer i. Layers of one key form one or more groups of at most `size`
-    layers, `size` being the smallest number of layers any key has; so blocks move freely between kinds (the idea of
-    vLLM's hybrid KV manager). Raises `CapacityError` if keys differ in bytes per token: such models need an own pool.
+    `keys[i]` is `AttentionSpec.kv_key` of layer i: kind, window, KV heads, head size, and more. Layers of one key form
+    one or more groups of at most `size` layers, `size` being the smallest number of layers any key has; so blocks move
+    freely between kinds (the idea of vLLM's hybrid KV manager). Raises `CapacityError` if keys differ in bytes per
+    token: such models need a pool for each.
     """
-    by_key: dict[tuple[str, int, int, int], list[int]] = {}
+    by_key: dict[tuple[Any, ...], list[int]] = {}
     for layer, key in enumerate(keys):
         by_key.setdefault(key, []).append(layer)
-    if len({(heads * size) for _, _, heads, size in by_key}) > 1:
+    if len({(heads * size) for _, _, heads, size, *_ in by_key}) > 1:
         raise CapacityError(f"layers need KV blocks of different sizes, which is not supported: {sorted(by_key)}")
     size = min((len(layers) for layers in by_key.values()), default=0)
     groups = []
-    for (kind, window, _, _), layers in by_key.items():
+    for (kind, window, *_), layers in by_key.items():
         parts = -(-len(layers) // size)
         # Deal layers out evenly: 7 layers in groups of at most 3 are 3 + 2 + 2.
         groups += [KVGroup(kind, window, tuple(layers[part::parts])) for part in range(parts)]

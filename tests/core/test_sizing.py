@@ -6,6 +6,7 @@ import pytest
 
 from interlace.config import load_settings
 from interlace.errors import CapacityError, PluginError
+from interlace.interfaces.attention import AttentionSpec
 from interlace.kv.specs import group_layers
 from interlace.plugin_manager import PluginManager
 from interlace.resolve import resolve
@@ -69,3 +70,11 @@ def test_layers_of_two_kinds_share_one_pool_in_equal_groups() -> None:
 def test_blocks_of_different_sizes_are_refused() -> None:
     with pytest.raises(CapacityError, match="different sizes"):
         group_layers([("full", 0, 1, 64), ("full", 0, 2, 64)])
+
+
+def test_layers_that_differ_in_more_than_their_cache_get_backends_of_their_own() -> None:
+    """One backend serves a group, and it is built for one soft cap and one scale."""
+    plain, capped = AttentionSpec(4, 2, 64), AttentionSpec(4, 2, 64, softcap=30.0)
+    groups = group_layers([plain.kv_key, capped.kv_key, plain.kv_key, AttentionSpec(4, 2, 64, scale=0.125).kv_key])
+    assert sorted(layer for group in groups for layer in group.layers) == [0, 1, 2, 3]
+    assert all(1 not in group.layers or group.layers == (1,) for group in groups)
