@@ -272,7 +272,7 @@ WRONG = [
     (LeaksErrors, "test_truncated", "config.json damaged: JSONDecodeError instead of a CheckpointError"),
     (LeaksErrors, "test_missing", "config.json damaged: FileNotFoundError instead of a CheckpointError"),
     (Hangs, "test_truncated", "config.json damaged has not ended after 2 s"),
-    (BelievesLengths, "test_absurd|test_flipped|test_trunc", "model.safetensors damaged: MemoryError instead"),
+    (BelievesLengths, "test_absurd|test_flipped|test_trunc", "model.safetensors damaged( has not ended|: MemoryError)"),
 ]
 
 

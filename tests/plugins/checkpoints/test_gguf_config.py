@@ -23,6 +23,7 @@ def test_smollm2(smollm2_path):
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
 
 
+@pytest.mark.slow
 def test_gemma3(gemma3_path):
     config = config_of(gemma3_path)
     assert (config.architecture, config.num_layers, config.hidden_size) == ("Gemma3ForCausalLM", 18, 640)
