@@ -50,6 +50,7 @@ class RequestState:
         "num_known",
         "num_planned",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_published",
         "order",
@@ -92,6 +93,7 @@ class RequestState:
         self.block_hashes: list[bytes] = []  # of full blocks of known tokens, a chain
         self.num_published: int = 0  # leading blocks whose hash is in the prefix cache
         self.num_preemptions: int = 0
+        self.num_prompt_logprobs: int = 0  # prompt positions reported; computed again after preemption, not said again
         self.cached_tokens: int | None = None  # hits at first admission
         self.first_scheduled: float | None = None
         self.last_planned: float = request.arrival_time

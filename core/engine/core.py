@@ -229,6 +229,7 @@ class EngineCore:
                 continue  # finished, aborted or preempted meanwhile
             confirmed.append(state)
             num_new_tokens.append(count)
+            start = state.num_planned - state.num_in_flight  # of the row: the oldest step's tokens come first
             state.num_in_flight -= plan.num_tokens[row]
             if result.errors and row in result.errors:
                 self._end_with_error(state, result.errors[row], "step_failed")
@@ -237,7 +238,9 @@ class EngineCore:
                 self._end_with_error(state, "the executor returned no token for this request", "step_failed")
                 continue
             if result.prompt_logprobs and row in result.prompt_logprobs:
-                self._out.prompt_logprobs.setdefault(state.id, []).extend(result.prompt_logprobs[row])
+                entries = result.prompt_logprobs[row][max(0, state.num_prompt_logprobs - start) :]
+                self._out.prompt_logprobs.setdefault(state.id, []).extend(entries)
+                state.num_prompt_logprobs += len(entries)
             if plan.sample[row]:
                 state.samples_in_flight -= 1
                 self._append(state, tokens, result, row)

@@ -8,7 +8,7 @@ from interlace.errors import InterlaceError
 from interlace.messages import SamplingParams, StepResult, TokenLogprobs
 from interlace.plugins.schedulers.fcfs import Fcfs
 from interlace.spec import SchedulerLimits
-from interlace.testing.harness import EngineHarness
+from interlace.testing.harness import EngineHarness, ScriptedScheduler
 
 
 def harness(scheduler=None, **options) -> EngineHarness:
@@ -122,6 +122,37 @@ class TestNews:
         output = engine.core.update(result, 0.0)
         assert (output.counts, output.token_ids) == ([2], [5, 6]), "max_tokens is 2"
         assert output.logprobs == {"a": entries[:2]}
+
+    def test_prompt_logprobs_are_said_once_although_a_preempted_prompt_is_computed_again(self):
+        """The first chunk is reported, then the request loses its place, then all chunks come again."""
+        scheduler = ScriptedScheduler(lambda step: None)
+        engine = harness(scheduler, limits=SchedulerLimits(watermark=0.0))
+        core = engine.core
+        engine.add([1, 2, 3, 4, 5], id="a", params=SamplingParams(prompt_logprobs=0, max_tokens=1))
+        found = []
+
+        def chunk(tokens: int) -> None:
+            scheduler._plan = lambda step: step.schedule(engine.state("a"), tokens)
+            start = engine.state("a").num_planned
+            plan = core.plan(0.0)
+            end = min(start + tokens, 4)
+            entries = [TokenLogprobs([position + 2], [-1.0], 1) for position in range(start, end)]
+            sampled = [9] if plan.sample[0] else []
+            result = StepResult(
+                step_id=plan.step_id,
+                counts=[len(sampled)],
+                token_ids=sampled,
+                duration=0.0,
+                prompt_logprobs={0: entries},
+            )
+            found.extend(core.update(result, 0.0).prompt_logprobs.get("a", []))
+
+        chunk(2)
+        scheduler._plan = lambda step: step.preempt(engine.state("a"))
+        assert core.plan(0.0) is None
+        chunk(3)
+        chunk(2)
+        assert [entry.token_ids for entry in found] == [[2], [3], [4], [5]]
 
     def test_prompt_logprobs_of_chunks_add_up(self):
         engine = harness(limits=SchedulerLimits(max_num_batched_tokens=2))
