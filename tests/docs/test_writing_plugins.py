@@ -45,6 +45,9 @@ class Session:
             path = self.workspace / "interlace-sjf" / block.marker.removeprefix("file=")
             path.parent.mkdir(exist_ok=True)
             path.write_text(block.text)
+            installed = self.site / block.marker.removeprefix("file=")
+            if installed.parent.is_dir():  # an editable install, which `translate` replaces, sees later files, too
+                installed.write_text(block.text)
         elif block.marker == "run":
             for command in block.commands:
                 self.outputs[command] = self.run("bash", "-c", self.translate(command)).stdout
