@@ -56,3 +56,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]
     for name in set(sys.modules) - before:
         if name.startswith(tuple(f"interlace_{fixture}" for fixture in _THIRD_PARTY)):
             del sys.modules[name]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the exactness tests counted also where they pass: how many prompts were equal, how many ties."""
+    counted = [
+        f"{report.nodeid.rpartition('::')[2]}: {line}"
+        for report in terminalreporter.stats.get("passed", [])
+        for line in report.capstdout.splitlines()
+        if " equal, ties " in line
+    ]
+    if counted:
+        terminalreporter.section("exactness against transformers")
+        terminalreporter.write("\n".join(counted) + "\n")
