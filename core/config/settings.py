@@ -166,12 +166,26 @@ class CacheSettings(Section):
 
 
 class EngineSettings(Section):
-    """Where the engine core runs."""
+    """Where the engine core runs, and how it is watched."""
 
     process: Literal["auto", "inline", "subprocess"] = Field(
         default="auto",
-        description="`inline`: a thread of this process. `subprocess`: a child. `auto`: inline for `LLM`.",
+        description="`inline`: a thread of this process. `subprocess`: a child. `auto`: inline for `LLM`, a child for "
+        "`serve`.",
     )
+    step_timeout_s: float = Field(
+        default=120.0,
+        gt=0.0,
+        description="A step that takes longer is hung: the scheduler's state is logged and the engine is stopped (and "
+        "restarted where it is a child).",
+    )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="How often within `restart_window_s` a dead engine process is started again; then the server gives "
+        "up. Applies to `serve`; 0: never.",
+    )
+    restart_window_s: float = Field(default=300.0, gt=0.0, description="See `max_restarts`.")
 
 
 class ServerSettings(Section):
@@ -179,12 +193,56 @@ class ServerSettings(Section):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0: any free one.")
+    unix_socket: str | None = Field(default=None, description="Path of a unix socket to listen on instead.")
+    root_path: str = Field(default="", description="Path prefix under which a reverse proxy serves us.")
+    served_model_names: list[str] = Field(
+        default=[], description="Names clients may use for the model, the first one in answers. Empty: the model's own."
+    )
     api_keys: list[SecretStr] = Field(
         default=[], description="Keys clients may present. Never printed, never sent to workers."
+    )
+    api_keys_file: str | None = Field(
+        default=None, description="File with one key per line (`#` starts a comment), in addition to `api_keys`."
     )
     allow_anonymous: bool = Field(
         default=False, description="Serve beyond the loopback address although there are no API keys."
     )
+    isolate_keys: bool = Field(
+        default=False, description="Requests of different API keys share no cached prefixes (a cache salt per key)."
+    )
+    cors_origins: list[str] = Field(
+        default=[], description="Origins whose pages may call the API from a browser; `*`: all. Empty: CORS is off."
+    )
+    tls_certificate: str | None = Field(default=None, description="PEM file with the TLS certificate (chain).")
+    tls_key: str | None = Field(default=None, description="PEM file with the certificate's private key.")
+    max_body_size: Annotated[str, BeforeValidator(_memory_text)] = Field(
+        default="4MiB", description="Largest request body; more is answered 413."
+    )
+    max_waiting: int = Field(
+        default=1024, ge=0, description="Requests that may wait in the engine; one more is answered 503. 0: no limit."
+    )
+    request_timeout_s: float = Field(
+        default=600.0, ge=0.0, description="A request that is not finished by then ends with an error. 0: no limit."
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0.0, description="After SIGTERM, how long requests under way may still take."
+    )
+    sse_keep_alive_s: float = Field(
+        default=15.0, ge=0.0, description="A silent stream gets a comment line this often, so proxies keep it. 0: never."
+    )
+    access_log: bool = Field(default=True, description="Log one line per HTTP request.")
+    log_prompts: bool = Field(default=False, description="Put prompts and answers into the log.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Form of the server's log lines.")
+    log_file: str | None = Field(default=None, description="Write the log to this file, too.")
+    metrics: bool = Field(default=True, description="Serve Prometheus metrics at `/metrics`.")
+    metrics_compat: Literal["none", "vllm"] = Field(
+        default="none", description="`vllm`: the same metrics under vLLM's names, too, for existing dashboards."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None, description="Send OpenTelemetry traces to this OTLP endpoint; needs `interlace[otel]`."
+    )
+    docs: bool = Field(default=True, description="Serve the OpenAPI description and its pages at `/docs`.")
+    page: bool = Field(default=True, description="Serve the chat and live view page at `/`.")
 
 
 class PluginSettings(Section):
