@@ -228,7 +228,7 @@ class ServerSettings(Section):
         default=30.0, ge=0.0, description="After SIGTERM, how long requests under way may still take."
     )
     sse_keep_alive_s: float = Field(
-        default=15.0, ge=0.0, description="A silent stream gets a comment line this often, so proxies keep it. 0: never."
+        default=15.0, ge=0.0, description="A silent stream gets a comment line this often, for proxies. 0: never."
     )
     access_log: bool = Field(default=True, description="Log one line per HTTP request.")
     log_prompts: bool = Field(default=False, description="Put prompts and answers into the log.")
