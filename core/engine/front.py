@@ -9,14 +9,14 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from interlace.assemble import Assembly, assemble
 from interlace.clock import Clock, MonotonicClock
 from interlace.config import LoadedSettings, effective
 from interlace.engine.client import EngineHealth
 from interlace.engine.input_processor import InputProcessor, PreparedRequest, Prompt, RequestOptions
-from interlace.engine.output_processor import OutputProcessor
+from interlace.engine.output_processor import OutputProcessor, Processed
 from interlace.engine.output_state import ActiveRequest, Sink
 from interlace.engine.startup import StartupProgress
 from interlace.errors import EngineDeadError
@@ -24,6 +24,14 @@ from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import RequestOutput, SamplingParams, StepOutput
 
 logger = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """A part of this process that watches every step, such as the server's metrics. It is told what users are told."""
+
+    def on_step(self, step: StepOutput, done: Processed) -> None:
+        """A step was processed. Called from the engine client's thread, after its news were delivered; must be quick.
+        `done.summaries` are the requests that ended with it."""
 
 
 class Front:
@@ -42,6 +50,7 @@ class Front:
         self._inputs = InputProcessor(assembly.spec, assembly.tokenizer, assembly.clock)
         self._outputs = OutputProcessor(assembly.tokenizer)
         self._ids = itertools.count()
+        self._observers: tuple[Observer, ...] = ()
         self._closing = threading.Lock()
         self._closed = False
         assembled = self.clock.now()
@@ -132,6 +141,10 @@ class Front:
         """The active request of that id."""
         return self._outputs.find(request_id)
 
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` of every step from now on. One that raises is logged and told nothing more."""
+        self._observers += (observer,)
+
     # ── Engine ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def health(self, timeout: float = 5.0) -> EngineHealth:
@@ -183,12 +196,21 @@ class Front:
                 self._events.on_step(step.stats)
             for summary in done.summaries:
                 self._events.on_request_finished(summary)
+            for observer in self._observers:
+                self._tell(observer, step, done)
         except Exception as error:
             # A bug on this side of the border: without this every waiter would wait for ever.
             logger.exception("step %d could not be processed", step.step_id)
             death = EngineDeadError(f"step {step.step_id} could not be processed: {type(error).__name__}: {error}")
             death.__cause__ = error
             self._deliver_death(death)
+
+    def _tell(self, observer: Observer, step: StepOutput, done: Processed) -> None:
+        try:
+            observer.on_step(step, done)
+        except Exception:
+            logger.exception("%s failed and is told nothing more", type(observer).__name__)
+            self._observers = tuple(other for other in self._observers if other is not observer)
 
     def _on_death(self, error: EngineDeadError) -> None:
         logger.error("the engine died: %s", error)

@@ -49,6 +49,7 @@ class Sample:
         self.released = False
         """Whether the engine has reported the end: nothing more will come."""
         self.token_ids: list[int] = []
+        self.last_token_time: float | None = None
         self._params = params
         self._detokenizer = detokenizer
         self._stream = (
