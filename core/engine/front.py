@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from interlace.assemble import Assembly, assemble
 from interlace.clock import Clock, MonotonicClock
@@ -26,8 +26,11 @@ from interlace.messages import RequestOutput, SamplingParams, StepOutput
 logger = logging.getLogger(__name__)
 
 
-class Observer(Protocol):
-    """A part of this process that watches every step, such as the server's metrics. It is told what users are told."""
+class Observer:
+    """A part of this process that watches requests and steps, such as the server's metrics; methods may be left out."""
+
+    def on_submit(self, requests: list[ActiveRequest]) -> None:
+        """Requests were handed to the engine. Called by whoever submits, in their thread and context."""
 
     def on_step(self, step: StepOutput, done: Processed) -> None:
         """A step was processed. Called from the engine client's thread, after its news were delivered; must be quick.
@@ -119,6 +122,8 @@ class Front:
             for request in requests:
                 self._outputs.discard(request)
             raise
+        for observer in self._observers:
+            self._tell(observer, observer.on_submit, requests)
         return requests
 
     def take(self, request: ActiveRequest) -> RequestOutput | None:
@@ -142,8 +147,13 @@ class Front:
         return self._outputs.find(request_id)
 
     def observe(self, observer: Observer) -> None:
-        """Tell `observer` of every step from now on. One that raises is logged and told nothing more."""
+        """Tell `observer` everything from now on. One that raises is logged and told nothing more."""
         self._observers += (observer,)
+
+    @property
+    def num_active(self) -> int:
+        """Requests between submission and the engine's word that they ended."""
+        return self._outputs.num_active
 
     # ── Engine ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -197,7 +207,7 @@ class Front:
             for summary in done.summaries:
                 self._events.on_request_finished(summary)
             for observer in self._observers:
-                self._tell(observer, step, done)
+                self._tell(observer, observer.on_step, step, done)
         except Exception as error:
             # A bug on this side of the border: without this every waiter would wait for ever.
             logger.exception("step %d could not be processed", step.step_id)
@@ -205,9 +215,9 @@ class Front:
             death.__cause__ = error
             self._deliver_death(death)
 
-    def _tell(self, observer: Observer, step: StepOutput, done: Processed) -> None:
+    def _tell(self, observer: Observer, method: Callable[..., None], *arguments: Any) -> None:
         try:
-            observer.on_step(step, done)
+            method(*arguments)
         except Exception:
             logger.exception("%s failed and is told nothing more", type(observer).__name__)
             self._observers = tuple(other for other in self._observers if other is not observer)

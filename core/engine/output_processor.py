@@ -26,8 +26,8 @@ class Processed(msgspec.Struct):
     """Per sink: streaming requests with anything new, and all that finished."""
     summaries: list[RequestSummary]
     """Requests the engine has let go of."""
-    first_tokens: list[float] = []
-    """Seconds from arrival to the first token, of the requests that got theirs in this step."""
+    started: list[ActiveRequest] = []
+    """Requests that got their first token in this step."""
     gaps: dict[float, int] = {}
     """Time (`Clock.now()`) of the token before → how many samples got their next token in this step. Samples that run
     together share that time, so this is short."""
@@ -119,7 +119,7 @@ class OutputProcessor:
             if previous is not None:
                 done.gaps[previous] = done.gaps.get(previous, 0) + 1
             elif request.metrics.first_token_time is None:
-                done.first_tokens.append(step.now - request.metrics.arrival_time)
+                done.started.append(request)
             info = step.finished.get(engine_id)
             stopped = sample.append(step.token_ids[start:end], step.logprobs.get(engine_id), info)
             request.note_tokens(step.now)

@@ -179,6 +179,14 @@ class ActiveRequest:
         return all(sample.released for sample in self.samples)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._prepared.prompt_token_ids)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._prepared.params
+
+    @property
     def num_output_tokens(self) -> int:
         return sum(len(sample.token_ids) for sample in self.samples)
 
