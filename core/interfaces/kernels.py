@@ -7,7 +7,7 @@ is never all or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -16,7 +16,20 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
-OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding", "make_linear")
+    from interlace.interfaces.weights import BlockWeight
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "silu_mul",
+    "gelu_mul",
+    "scale",
+    "embedding",
+    "make_linear",
+    "make_block_linear",
+    "make_block_embedding",
+)
 """The ops of the contract, in the order they are logged."""
 
 
@@ -28,6 +41,12 @@ class KernelSpec(msgspec.Struct, frozen=True):
     weights: str = "auto"
     """How linear weights are kept: auto (= dtype), as-shipped, bf16, int8, float32."""
     deterministic: bool = False
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether weights that come in blocks of a quantised file stay so. Float32 compute is for exact results, so there
+        `auto` decodes them."""
+        return self.weights == "as-shipped" or (self.weights == "auto" and self.dtype != "float32")
 
     @property
     def weight_dtype(self) -> str:
@@ -112,6 +131,10 @@ class Kernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """x * factor; may write into `x`."""
+        return x * factor
+
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """weight[token_ids]: [tokens, hidden]."""
         return weight[token_ids]
@@ -130,3 +153,22 @@ class Kernels:
         dtype: torch.dtype = getattr(torch, self.spec.weight_dtype)
         kept, kept_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return lambda x: torch.nn.functional.linear(x.to(dtype), kept, kept_bias).to(x.dtype)
+
+    def make_block_linear(
+        self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps in several
+        formats. Called where `spec.keeps_blocks`. A provider that cannot compute with a format decodes it, as here."""
+        import torch
+
+        return self.make_linear(torch.cat([part.dequantize() for part in parts]), bias)
+
+    def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.
+
+        `weight.data` may be kept: only rows that are asked for need to be read from the file."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        values = weight.dequantize().to(dtype)
+        return lambda token_ids: self.embedding(token_ids, values)

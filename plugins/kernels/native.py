@@ -1,0 +1,60 @@
+"""Kernels `native`: the ops of the contract in C++ (see plugins/native), for CPUs."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from interlace.interfaces.kernels import Kernels, KernelSpec
+from interlace.plugins.native import library as native
+from interlace.plugins.native.library import Library, NativeUnavailableError
+from interlace.plugins.native.tape import Tape
+
+
+class NativeKernels(Kernels):
+    """Ops run on one team of threads, each row in a fixed order of operations: its bits never depend on the batch."""
+
+    class Options(BaseModel):
+        """Options of the native kernels."""
+
+        model_config = ConfigDict(extra="forbid")
+
+        isa: Literal["auto", "avx512", "avx2", "portable"] = Field(
+            default="auto", description="Instruction set to use; `auto`: the best this CPU has."
+        )
+
+    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul"})
+
+    def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
+        super().__init__(options, spec)
+        self._tape = Tape(Library(torch.get_num_threads(), self.options.isa))
+
+    @classmethod
+    def supports(cls, op: str, spec: KernelSpec) -> str | None:
+        if torch.device(spec.device).type != "cpu":
+            return f"runs on the CPU, not on {spec.device}"
+        if spec.dtype not in ("float32", "bfloat16"):
+            return f"computes in float32 and bfloat16, not in {spec.dtype}"
+        try:
+            native.supported_isas()
+        except NativeUnavailableError as error:
+            return str(error)
+        return None
+
+    def describe(self, op: str) -> str:
+        return f"C++ {self._tape.library.isa}"
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, size = gate_up.shape[0], gate_up.shape[-1] // 2
+        out = self._tape.empty((rows, size), gate_up.dtype)
+        self._tape.emit(
+            native.SILU_MUL,
+            gate_up.dtype,
+            rows,
+            (size, gate_up.stride(0), out.stride(0)),
+            (),
+            (self._tape.address(gate_up), self._tape.address(out)),
+        )
+        return out
