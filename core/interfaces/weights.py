@@ -26,8 +26,8 @@ class BlockWeight(msgspec.Struct, frozen=True):
     """data of some rows -> their values [rows, in] in float32, exactly."""
 
     def __getitem__(self, where: Any) -> Any:
-        """Rows, by a slice or a list of numbers: a `BlockWeight`. With a part of the columns, too (blocks cannot be cut):
-        their values, as a tensor."""
+        """Rows, by a slice or a list of numbers: a `BlockWeight`. With a part of the columns, too: their values, as a
+        tensor, since blocks cannot be cut."""
         rows, *columns = where if isinstance(where, tuple) else (where,)
         data = self.data[rows]
         part = BlockWeight(self.format, (data.shape[0], self.shape[1]), data, self.decode)

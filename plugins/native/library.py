@@ -29,7 +29,9 @@ TOKENS, OUTPUTS = -1, -2
     ATTENTION,
     ARGMAX,
     COPY_ROWS,
-) = range(10)
+    SCALE,
+    BLOCK_EMBEDDING,
+) = range(12)
 
 
 class Op(ctypes.Structure):

@@ -31,6 +31,8 @@ enum il_code : int32_t {
   IL_ATTENTION = 7,
   IL_ARGMAX = 8,
   IL_COPY_ROWS = 9,
+  IL_SCALE = 10,
+  IL_BLOCK_EMBEDDING = 11,
   IL_NUM_CODES
 };
 
