@@ -157,8 +157,8 @@ class Kernels:
     def make_block_linear(
         self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps of
-        several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with a format decodes it, as here."""
+        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps
+        of several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with one decodes it."""
         import torch
 
         return self.make_linear(torch.cat([part.dequantize() for part in parts]), bias)
