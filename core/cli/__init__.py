@@ -20,6 +20,7 @@ from interlace.errors import InterlaceError, did_you_mean
 COMMANDS = {
     "generate": "answer prompts and print the results",
     "chat": "talk to a model",
+    "serve": "serve a model over HTTP, OpenAI-compatible",
     "bench": "measure throughput and latency",
     "models": "list the models that are installed",
     "plugins": "list, show, check and create plugins",
