@@ -96,11 +96,15 @@ def _attention_refusal(target: type[AttentionBackend], layer: AttentionSpec, spe
 
 
 class ResolvedKernels(Kernels):
-    """Each op bound to the provider that won it; the reference of the base class where none did."""
+    """Each op bound to the provider that won it; the reference of the base class where none did.
+
+    Step programs are asked of the provider of linears: it sees for itself whether all else can be part of one."""
 
     def __init__(self, spec: KernelSpec, ops: dict[str, Any]) -> None:
         super().__init__(Kernels.Options(), spec)
         self.__dict__.update(ops)
+        if "make_linear" in ops:
+            self.__dict__["compile_step"] = ops["make_linear"].__self__.compile_step
 
 
 def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:

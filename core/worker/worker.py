@@ -10,7 +10,7 @@ import torch
 
 from interlace.clock import Clock, MonotonicClock
 from interlace.interfaces.checkpoint import Checkpoint
-from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
+from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo, Selection
 from interlace.interfaces.model import LayerCache, Model
 from interlace.kv.specs import KVCacheConfig
 from interlace.messages import StepPlan, StepResult
@@ -58,11 +58,19 @@ class Worker:
         layers = self._allocate(kv, attention)
         device = torch.device(spec.device)
         batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
-        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now)
-        self._runner = ModelRunner(model, layers, batch, sampler, now)
+        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now, kernels.argmax)
+        program = kernels.compile_step(model, layers, spec.limits.max_num_batched_tokens, spec.limits.max_num_seqs)
+        if isinstance(program, str):
+            step = Selection("step", "op by op", program)
+            self._runner = ModelRunner(model, layers, batch, sampler, now)
+        else:
+            step = Selection("step", "program", program.describe())
+            self._runner = ModelRunner(model, layers, batch, sampler, now, program)
+            # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
+            torch.set_num_threads(1)
         return ExecutorInfo(
             kv=kv,
-            selections=attention.selections + kernel_selections,
+            selections=(*attention.selections, *kernel_selections, step),
             timings={"import": imported - began, "weights": loaded - imported, "cache": now() - loaded},
         )
 
