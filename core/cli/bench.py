@@ -19,12 +19,15 @@ DATASETS = ("random", "sharegpt")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare `bench throughput`, `bench latency` and `bench startup`."""
+    """Declare `bench throughput`, `bench latency`, `bench startup` and `bench serve`."""
+    from interlace.cli.bench_serve_flags import add_serve
+
     parser = subparsers.add_parser("bench", help="measure throughput and latency", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     _add_throughput(benchmarks)
     _add_latency(benchmarks)
     _add_startup(benchmarks)
+    add_serve(benchmarks)
 
 
 def _add_throughput(benchmarks: Any) -> None:
@@ -112,9 +115,13 @@ def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the benchmark and print its report; everything else goes to stderr."""
     if args.benchmark is None:
-        raise UsageError("which benchmark? interlace bench throughput, bench latency or bench startup")
+        raise UsageError("which benchmark? interlace bench throughput, bench latency, bench startup or bench serve")
     if args.benchmark == "startup":
         return _startup(args)
+    if args.benchmark == "serve":
+        from interlace.cli import bench_serve
+
+        return bench_serve.run(args, loaded)
     if args.benchmark == "throughput":
         _check_dataset_flags(args)
     report = _throughput(args, loaded) if args.benchmark == "throughput" else _latency(args, loaded)
