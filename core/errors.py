@@ -54,8 +54,28 @@ class RequestFailedError(InterlaceError):
         self.code = code
 
 
+class OverloadedError(InterlaceError):
+    """The engine's queue is full: the request was not accepted, and may be sent again later."""
+
+
 class EngineDeadError(InterlaceError):
     """The engine stopped; its own exception is chained as the cause."""
+
+
+class EngineSilentError(EngineDeadError):
+    """The engine loop did not answer in time; it may be in a long step, or hung."""
+
+
+class EngineRestartingError(EngineDeadError):
+    """The engine process died, with every request it had, and a new one is being started: try again later.
+
+    Both the requests that died with it and those that come meanwhile get this error. The engine's exception, where it
+    could still say it, is chained as the cause."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds until the new engine may be ready: the time the last start took, never less than one."""
 
 
 class PluginError(InterlaceError):

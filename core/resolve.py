@@ -77,6 +77,7 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
         threads=settings.threads,
         seed=settings.seed,
         deterministic=settings.deterministic,
+        step_timeout_s=settings.engine.step_timeout_s,
     )
     if settings.engine.process == "subprocess":
         check_portable(spec)

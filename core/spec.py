@@ -145,6 +145,8 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """0: one per core this process may use."""
     seed: int | None = None
     deterministic: bool = False
+    step_timeout_s: float = 120.0
+    """A step that takes longer is hung."""
 
     @property
     def components(self) -> tuple[Component, ...]:

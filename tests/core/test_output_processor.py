@@ -260,7 +260,10 @@ def test_death_reaches_every_request_with_the_cause(bench):
     bench.step({"running": "a", "done": "a"}, finished={"done": LENGTH})
     error = EngineDeadError("it stopped")
     error.__cause__ = MemoryError("too big")
-    assert bench.outputs.fail(error) == {bench.sink: [running]}
+    failed = bench.outputs.fail(error, 7.0)
+    assert failed.news == {bench.sink: [running]}
+    [summary] = failed.summaries
+    assert (summary.finish_reason, summary.error_code, summary.metrics.finished_time) == ("error", "engine_dead", 7.0)
     for attempt in (bench.outputs.take, bench.outputs.whole):
         with pytest.raises(EngineDeadError, match="it stopped") as caught:
             attempt(running)
