@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from interlace.interfaces.weights import join_rows
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -59,6 +61,15 @@ class KernelSpec(msgspec.Struct, frozen=True):
     def weight_dtype(self) -> str:
         """The torch dtype linear weights are kept in, for the plain ways of keeping them (auto, bf16, float32)."""
         return {"bf16": "bfloat16", "float32": "float32"}.get(self.weights, self.dtype)
+
+    @property
+    def decoded_dtype(self) -> torch.dtype:
+        """What blocks that are not kept are decoded to for `make_linear`: the type it keeps, or float32 where it
+        quantises them anew."""
+        import torch
+
+        found: torch.dtype = torch.float32 if self.weights == "int8" else getattr(torch, self.weight_dtype)
+        return found
 
 
 class StepProgram(ABC):
@@ -193,9 +204,7 @@ class Kernels:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps
         of several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with one decodes it."""
-        import torch
-
-        return self.make_linear(torch.cat([part.dequantize() for part in parts]), bias)
+        return self.make_linear(join_rows(parts, self.spec.decoded_dtype, parts[0].data.device), bias)
 
     def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `make_linear` or `make_block_linear`, for the output head: hidden [rows, hidden] -> logits [rows, out] in
@@ -218,6 +227,5 @@ class Kernels:
         `weight.data` may be kept: only rows that are asked for need to be read from the file."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
-        values = weight.dequantize().to(dtype)
+        values = weight.dequantize(getattr(torch, self.spec.dtype))
         return lambda token_ids: self.embedding(token_ids, values)
