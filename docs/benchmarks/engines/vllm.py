@@ -3,15 +3,14 @@
 Its best setting on two cores: VLLM_CPU_OMP_THREADS_BIND=0-1, VLLM_CPU_KVCACHE_SPACE=4, and LD_PRELOAD of tcmalloc and
 libiomp5, as its documentation advises."""
 
-import sys
+if __name__ == "__main__":  # the engine's own processes import this file again
+    import sys
 
-from common import serve
+    from common import serve
 
-# This file has the library's name, and Python looks for modules beside the script first.
-sys.path = [path for path in sys.path if not path.endswith("engines")]
-sys.modules.pop("vllm", None)
+    # This file has the library's name, and Python looks for modules beside the script first.
+    sys.path = [path for path in sys.path if not path.endswith("engines")]
 
-if __name__ == "__main__":
     import vllm
 
     llm = vllm.LLM(
