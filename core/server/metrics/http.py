@@ -36,8 +36,14 @@ class HttpTotals:
             self.rejections[reason] = self.rejections.get(reason, 0) + 1
 
 
+_OVERLOADED = b'"code":"overloaded"'
+"""In the error object of a request that found the queue full."""
+
+
 class CountRequests:
-    """ASGI middleware that feeds `HttpTotals`. A response that never began counts as status `499`: the client left."""
+    """ASGI middleware that feeds `HttpTotals`. A response that never began counts as status `499`: the client left.
+
+    Goes around the guard, whose refusals are the interesting ones."""
 
     def __init__(self, app: ASGIApp, totals: HttpTotals) -> None:
         self._app = app
@@ -53,6 +59,8 @@ class CountRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
+            elif status == "503" and _OVERLOADED in message.get("body", b""):
+                self._totals.reject("max_num_queued_reqs")
             await send(message)
 
         self._totals.begin()

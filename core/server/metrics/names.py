@@ -182,7 +182,7 @@ COUNTERS: tuple[Metric, ...] = (
         "http_requests",
         "counter",
         "HTTP requests answered. Status 499: the client left before the answer began.",
-        lambda r: dict(r.http.requests),
+        lambda r: {tuple(series): count for series, count in r.http.requests.items()},
         ("method", "route", "status"),
         compat=False,
         anonymous=True,
