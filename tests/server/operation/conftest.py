@@ -1,0 +1,140 @@
+"""Real servers for the tests of their operation, with a tiny model of random weights that loads at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ADDRESS = re.compile(r"serving .* at (\S+) after")
+START_LIMIT = 120.0
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+}
+
+
+class ServerProcess:
+    """`interlace serve` in a process of its own."""
+
+    def __init__(self, folder: Path, settings: dict[str, object]) -> None:
+        self.errors = folder / "stderr.log"
+        flags = [f"--{key}={value}" for key, value in settings.items()]
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "interlace.cli", "serve", *flags],
+                stderr=errors,
+                stdout=errors,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        self.url = ""
+
+    def wait_until_ready(self) -> ServerProcess:
+        """Until it says where it serves."""
+        for _ in range(int(START_LIMIT / 0.05)):
+            found = ADDRESS.search(self.log)
+            if found:
+                self.url = found[1].rstrip('",')
+                return self
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"the server did not start (status {self.process.poll()}):\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return self.errors.read_text()
+
+    def wait_for_log(self, text: str) -> None:
+        wait_until(lambda: text in self.log, lambda: f"{text!r} is not in the log:\n{self.log}")
+
+    def client(self, key: str | None = None, **options) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if self.url.startswith("unix:"):
+            transport = httpx.HTTPTransport(uds=self.url.removeprefix("unix:"))
+            return httpx.Client(base_url="http://localhost", headers=headers, transport=transport, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, **options)
+
+    def load(self, key: str | None = None) -> dict[str, int]:
+        with self.client(key) as client:
+            return client.get("/load").json()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 60.0) -> int:
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def wait_until(condition, explain=lambda: "it never happened", timeout: float = 60.0) -> None:
+    for _ in range(int(timeout / 0.02)):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(explain())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "config.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture
+def tiny_settings(tiny_model) -> dict[str, object]:
+    return {
+        "model": tiny_model,
+        "checkpoint.use": "dummy",
+        "device": "cpu",
+        "dtype": "float32",
+        "cache.memory": "32MiB",
+        "threads": 1,
+        "server.port": 0,
+    }
+
+
+@pytest.fixture
+def start(tmp_path, tiny_settings) -> Iterator:
+    """`start({"server.port": 0})` runs a server until the test ends."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def begin(settings=None, *, ready=True) -> ServerProcess:
+            nonlocal count
+            count += 1
+            folder = tmp_path / f"server-{count}"
+            folder.mkdir()
+            server = ServerProcess(folder, tiny_settings | (settings or {}))
+            stack.callback(server.close)
+            return server.wait_until_ready() if ready else server
+
+        yield begin
