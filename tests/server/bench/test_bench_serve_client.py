@@ -219,6 +219,8 @@ async def test_no_more_requests_are_under_way_than_allowed(fake_here):
     assert most == 3 and all(found.error is None for found in run.exchanges)
     assert [found.index for found in run.exchanges] == list(range(20))
     assert max(found.ready - found.due for found in run.exchanges) >= 0.005 * 5  # six rounds of three and a rest
+    # Each takes the place of one that has ended, so at any of these moments one ended.
+    assert {found.ready for found in run.exchanges[3:]} <= {found.ended for found in run.exchanges}
 
 
 async def test_requests_are_sent_when_they_are_due_and_not_before(fake_here):
