@@ -313,6 +313,15 @@ def test_shutdown_ends_the_child_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_temporary_directory_with_a_long_name_is_no_obstacle(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with Front("subprocess") as front:
+        assert front.client.control("echo", word="hello") == {"word": "hello"}
+        assert list(long.iterdir()) == []
+
+
 def test_starting_and_stopping_leaks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
