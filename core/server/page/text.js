@@ -25,7 +25,7 @@ export function render(parent, text) {
   for (let found = FENCE.exec(rest); found; found = FENCE.exec(rest)) {
     inline(parent, rest.slice(0, found.index).replace(/\n$/, ""));
     parent.append(wrapped("pre", found[1].replace(/\n$/, "")));
-    rest = rest.slice(found.index + found[0].length);
+    rest = rest.slice(found.index + found[0].length).replace(/^\n+/, "");
   }
   inline(parent, rest);
 }
