@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 ADDRESS = re.compile(r"serving .* at (\S+) after")
 START_LIMIT = 120.0
+RUN = "import sys; from interlace.cli import main; sys.exit(main())"
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,7 +48,7 @@ class ServerProcess:
         flags = [f"--{key}={value}" for key, value in settings.items()]
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "interlace.cli", "serve", *flags],
+                [sys.executable, "-c", RUN, "serve", *flags],
                 stderr=errors,
                 stdout=errors,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -78,6 +85,35 @@ class ServerProcess:
         with self.client(key) as client:
             return client.get("/load").json()
 
+    def wait_running(self, count: int) -> None:
+        """Until the engine itself runs so many requests, and nothing waits."""
+
+        def state() -> tuple[int, int]:
+            with self.client() as client:
+                health = client.get("/health").json()
+                return health["num_running"], health["num_waiting"]
+
+        wait_until(lambda: state() == (count, 0), lambda: f"{state()} and not {count} run:\n{self.log}")
+
+    def connect(self, receive_buffer: int = 0) -> socket.socket:
+        """A bare connection."""
+        raw = socket.socket()
+        if receive_buffer:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.settimeout(60)
+        raw.connect(("127.0.0.1", int(self.url.rpartition(":")[2])))
+        return raw
+
+    @property
+    def engines(self) -> list[psutil.Process]:
+        """Its child processes."""
+        return psutil.Process(self.process.pid).children()
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes of the front."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -100,6 +136,32 @@ def wait_until(condition, explain=lambda: "it never happened", timeout: float = 
             return
         time.sleep(0.02)
     raise AssertionError(explain())
+
+
+def _certificate(folder, name="server", passphrase=None):
+    """(certificate file, key file), self-signed for localhost."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    hidden = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    files = folder / f"{name}.crt", folder / f"{name}.key"
+    files[0].write_bytes(certificate.public_bytes(encoding))
+    files[1].write_bytes(key.private_bytes(encoding, form, hidden))
+    return files
+
+
+@pytest.fixture
+def make_certificate():
+    """`make_certificate(folder, name, passphrase)`"""
+    return _certificate
 
 
 @pytest.fixture(scope="session")

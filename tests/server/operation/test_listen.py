@@ -1,15 +1,11 @@
 """Addresses, keys and certificates are judged before anything is loaded."""
 
-import datetime
 import os
 import socket
 import ssl
 import stat
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from interlace.config import load_settings
 from interlace.errors import ConfigError
@@ -160,27 +156,7 @@ def test_keys_are_not_kept():
 # ── TLS ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_certificate(folder, name="server", passphrase=None):
-    """(certificate file, key file), self-signed for localhost."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    hidden = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-    files = folder / f"{name}.crt", folder / f"{name}.key"
-    files[0].write_bytes(certificate.public_bytes(encoding))
-    files[1].write_bytes(key.private_bytes(encoding, form, hidden))
-    return files
-
-
-def test_a_certificate_with_its_key_is_loaded(tmp_path):
+def test_a_certificate_with_its_key_is_loaded(tmp_path, make_certificate):
     certificate, key = make_certificate(tmp_path)
     settings = loaded(tls_certificate=str(certificate), tls_key=str(key))
     assert isinstance(tls_context(settings), ssl.SSLContext)
@@ -193,7 +169,7 @@ def test_a_certificate_with_its_key_is_loaded(tmp_path):
     assert tls_context(loaded()) is None
 
 
-def test_faulty_certificates_are_said_with_setting_and_file(tmp_path):
+def test_faulty_certificates_are_said_with_setting_and_file(tmp_path, make_certificate):
     certificate, key = map(str, make_certificate(tmp_path))
     _, foreign = map(str, make_certificate(tmp_path, "other"))
     _, locked = map(str, make_certificate(tmp_path, "locked", b"secret"))
