@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from interlace.interfaces.model import LayerCache, Model
     from interlace.interfaces.weights import BlockWeight
+    from interlace.sampling.distribution import Shape
     from interlace.worker.batch import ForwardBatch
 
 OPS = (
@@ -38,6 +39,7 @@ OPS = (
     "make_block_embedding",
     "make_head",
     "argmax",
+    "draw",
 )
 """The ops of the contract, in the order they are logged."""
 
@@ -96,7 +98,7 @@ class Kernels:
         model_config = ConfigDict(extra="forbid")
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
-        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax"}
+        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw"}
     )
     """Ops whose result for a row has the same bits whatever the other rows. Of the reference: those made of other ops
     only, and those that compute every value alone."""
@@ -220,6 +222,19 @@ class Kernels:
         from interlace.sampling.argmax import argmax
 
         return argmax(logits)
+
+    def draw(
+        self, logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        """Draw a token for each of `rows` of logits [all rows, vocab] float32, which may be overwritten there.
+
+        `shapes[i]` says how row `rows[i]` is cut (see `interlace.sampling.distribution`); the token is the first,
+        in order of id, whose cumulative probability exceeds `uniforms[i]`; -1 where a row is no distribution (NaN,
+        +inf, nothing left). A row's token must not depend on the other rows. Providers may round differently from each other,
+        so a seed gives the same tokens with the same provider only."""
+        from interlace.sampling.distribution import draw_rows
+
+        return draw_rows(logits, rows, shapes, uniforms)
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.

@@ -58,7 +58,7 @@ class Worker:
         layers = self._allocate(kv, attention)
         device = torch.device(spec.device)
         batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
-        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now, kernels.argmax)
+        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now, kernels.argmax, kernels.draw)
         program = kernels.compile_step(model, layers, spec.limits.max_num_batched_tokens, spec.limits.max_num_seqs)
         if isinstance(program, str):
             step = Selection("step", "op by op", program)
