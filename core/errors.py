@@ -45,6 +45,13 @@ class CapacityError(InterlaceError):
 class InvalidRequestError(InterlaceError, ValueError):
     """A request that can never run as written: bad prompt or bad sampling parameters. The engine is unharmed."""
 
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        """The field at fault, where there is one."""
+        self.code = code
+        """A word for programs, e.g. `context_length_exceeded`."""
+
 
 class RequestFailedError(InterlaceError):
     """A request was accepted and then failed (capacity, a failed step, its deadline, rejection by the policy)."""

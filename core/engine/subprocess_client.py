@@ -53,7 +53,7 @@ class SubprocessClient(CommandClient):
         return self._process.pid if self._process else None
 
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
-        self._directory = tempfile.mkdtemp(prefix="interlace-")  # mode 0700
+        self._directory = _socket_directory()
         self._context = zmq.Context()
         self._commands, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         try:
@@ -190,3 +190,12 @@ class SubprocessClient(CommandClient):
         self._outputs.close(linger=0)
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _socket_directory() -> str:
+    """A new directory of mode 0700, where sockets may have their names: those are limited to about 107 characters."""
+    directory = tempfile.mkdtemp(prefix="interlace-")
+    if len(f"{directory}/commands") > zmq.IPC_PATH_MAX_LEN:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="interlace-", dir="/tmp")
+    return directory

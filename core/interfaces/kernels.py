@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from interlace.interfaces.weights import join_rows
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from interlace.interfaces.model import LayerCache, Model
     from interlace.interfaces.weights import BlockWeight
+    from interlace.sampling.distribution import Shape
     from interlace.worker.batch import ForwardBatch
 
 OPS = (
@@ -36,6 +39,7 @@ OPS = (
     "make_block_embedding",
     "make_head",
     "argmax",
+    "draw",
 )
 """The ops of the contract, in the order they are logged."""
 
@@ -59,6 +63,15 @@ class KernelSpec(msgspec.Struct, frozen=True):
     def weight_dtype(self) -> str:
         """The torch dtype linear weights are kept in, for the plain ways of keeping them (auto, bf16, float32)."""
         return {"bf16": "bfloat16", "float32": "float32"}.get(self.weights, self.dtype)
+
+    @property
+    def decoded_dtype(self) -> torch.dtype:
+        """What blocks that are not kept are decoded to for `make_linear`: the type it keeps, or float32 where it
+        quantises them anew."""
+        import torch
+
+        found: torch.dtype = torch.float32 if self.weights == "int8" else getattr(torch, self.weight_dtype)
+        return found
 
 
 class StepProgram(ABC):
@@ -85,7 +98,7 @@ class Kernels:
         model_config = ConfigDict(extra="forbid")
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
-        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax"}
+        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw"}
     )
     """Ops whose result for a row has the same bits whatever the other rows. Of the reference: those made of other ops
     only, and those that compute every value alone."""
@@ -193,9 +206,7 @@ class Kernels:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps
         of several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with one decodes it."""
-        import torch
-
-        return self.make_linear(torch.cat([part.dequantize() for part in parts]), bias)
+        return self.make_linear(join_rows(parts, self.spec.decoded_dtype, parts[0].data.device), bias)
 
     def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `make_linear` or `make_block_linear`, for the output head: hidden [rows, hidden] -> logits [rows, out] in
@@ -212,12 +223,24 @@ class Kernels:
 
         return argmax(logits)
 
+    def draw(
+        self, logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        """Draw a token for each of `rows` of logits [all rows, vocab] float32, which may be overwritten there.
+
+        `shapes[i]` says how row `rows[i]` is cut (see `interlace.sampling.distribution`); the token is the first,
+        in order of id, whose cumulative probability exceeds `uniforms[i]`; -1 where a row is no distribution (NaN,
+        +inf, nothing left). A row's token must not depend on the other rows. Providers may round differently from each other,
+        so a seed gives the same tokens with the same provider only."""
+        from interlace.sampling.distribution import draw_rows
+
+        return draw_rows(logits, rows, shapes, uniforms)
+
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.
 
         `weight.data` may be kept: only rows that are asked for need to be read from the file."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
-        values = weight.dequantize().to(dtype)
+        values = weight.dequantize(getattr(torch, self.spec.dtype))
         return lambda token_ids: self.embedding(token_ids, values)

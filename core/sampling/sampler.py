@@ -15,7 +15,7 @@ from interlace.errors import InvalidRequestError
 from interlace.interfaces.logits_processor import LogitsProcessor, LogitsRow
 from interlace.messages import Admission, TokenLogprobs
 from interlace.sampling.argmax import argmax
-from interlace.sampling.distribution import draw, take_rows, truncate
+from interlace.sampling.distribution import Shape, draw_rows, take_rows
 from interlace.sampling.logprobs import prompt_logprobs, select_logprobs
 from interlace.sampling.random import uniform
 from interlace.sampling.slots import Histories, SlotSampling, edit_logits
@@ -30,6 +30,8 @@ _NOTHING_LEFT = (
 )
 Argmax = Callable[[torch.Tensor], tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
 """`Kernels.argmax`."""
+Draw = Callable[[torch.Tensor, list[int], Sequence[Shape], npt.NDArray[np.float64]], npt.NDArray[np.int64]]
+"""`Kernels.draw`."""
 
 
 class SampledRows(NamedTuple):
@@ -56,6 +58,7 @@ class Sampler:
         processors: Mapping[str, LogitsProcessor],
         timer: Callable[[], float] = float,
         argmax: Argmax = argmax,
+        draw: Draw = draw_rows,
     ) -> None:
         """`vocab_size` is the width of the logits; `processors` are applied in their order here. `timer` gives seconds
         for the account of what they cost, by default always 0."""
@@ -63,6 +66,7 @@ class Sampler:
         self._processors = dict(processors)
         self._timer = timer
         self._argmax = argmax
+        self._draw_rows = draw
         self._seconds: dict[str, float] = {}
         self._slots: dict[int, SlotSampling] = {}
         # Slots that need more than an argmax, kept up to date by `add` and `remove`, so that a step asks once per
@@ -200,19 +204,15 @@ class Sampler:
     ) -> None:
         """Draw the tokens of `rows` into `token_ids`."""
         states = [self._slots[slots[row]] for row in rows]
-        numbers = torch.from_numpy(
-            uniform(
-                [state.seed for state in states],
-                [state.sample_index for state in states],
-                [len(histories[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
-            )
-        ).to(logits.device)
-        for group in truncate(take_rows(logits, rows), [state.shape for state in states]):
-            drawn, valid = draw(group, numbers[group.rows])
-            for index, token, ok in zip(group.rows, drawn.tolist(), valid.tolist(), strict=True):
-                token_ids[rows[index]] = token
-                if not ok:
-                    errors[rows[index]] = _NOT_A_NUMBER
+        numbers = uniform(
+            [state.seed for state in states],
+            [state.sample_index for state in states],
+            [len(histories[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
+        )
+        drawn = self._draw_rows(logits, rows, [state.shape for state in states], numbers)
+        token_ids[rows] = drawn
+        for index in np.flatnonzero(drawn < 0).tolist():
+            errors[rows[index]] = _NOT_A_NUMBER
 
     def _logprobs(
         self, raw: torch.Tensor, rows: Sequence[int], slots: Sequence[int], chosen: Sequence[int]

@@ -23,7 +23,8 @@ LATE = 5.0
 
 class Guard:
     """ASGI middleware. Streams pass through untouched; a body is read here, whole, so that routes never wait for a
-    client. Sets `scope["state"]["key_salt"]`: a cache salt of the request's key, or None."""
+    client. Sets `key_salt` in `scope["state"]`: a cache salt of the request's key, or None; and `trusted`: whether
+    the request may see what only holders of a key may."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, keys: ApiKeys, max_running: int) -> None:
         """`max_running`: how many requests the engine runs at a time, beside `settings.max_waiting` that wait."""
@@ -77,7 +78,9 @@ class Guard:
     def _refusal(self, scope: Scope, path: str) -> ASGIApp | None:
         """The answer to a request that may not pass."""
         salt = self._keys.check(scope["headers"]) if self._keys else None
-        scope.setdefault("state", {})["key_salt"] = salt if self._settings.isolate_keys else None
+        state = scope.setdefault("state", {})
+        state["key_salt"] = salt if self._settings.isolate_keys else None
+        state["trusted"] = salt is not None or not self._keys
         if self._keys and salt is None and not self._is_open(scope["method"], path):
             return _unauthorized(scope)
         if self._draining and path not in OPEN_WHILE_DRAINING:

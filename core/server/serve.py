@@ -18,6 +18,7 @@ from interlace.clock import MonotonicClock, local_time
 from interlace.config import LoadedSettings
 from interlace.engine.async_llm import AsyncLLM
 from interlace.errors import ConfigError, InterlaceError
+from interlace.server import tracing
 from interlace.server.auth import ApiKeys, read_keys
 from interlace.server.listen import Listener, bind, tls_context
 from interlace.server.logs import ServerLog
@@ -74,6 +75,7 @@ class Prepared(NamedTuple):
 def prepare(loaded: LoadedSettings) -> Prepared:
     """Check names, keys and certificates, and take the address. Raises `ConfigError` naming the setting at fault."""
     names = model_names(loaded)
+    tracing.check(loaded.settings.server.otlp_endpoint)
     keys = read_keys(loaded)
     context = tls_context(loaded)
     return Prepared(loaded, keys, context, bind(loaded, have_keys=bool(keys)), names)
@@ -149,14 +151,18 @@ class _Service:
         """The application over a started engine, and the server that will run it."""
         from interlace.server.app import create_app
         from interlace.server.http import make_server, wrap
+        from interlace.server.metrics.http import CountRequests
         from interlace.server.state import ServerState
 
         prepared, settings = self._prepared, self._settings
         llm.front.limit_waiting(settings.max_waiting)
         state = ServerState(llm, settings, prepared.model_names, created=int(local_time().timestamp()))
+        app = create_app(state)
         guard, application = wrap(
-            create_app(state), settings, prepared.keys, prepared.loaded.settings.scheduler.max_num_seqs, self._clock
+            app, settings, prepared.keys, prepared.loaded.settings.scheduler.max_num_seqs, self._clock
         )
+        if settings.metrics:
+            application = CountRequests(application, app.state.http_totals)
         return guard, make_server(application, settings, prepared.tls)
 
     async def _wait(self, llm: AsyncLLM, guard: Guard, serving: asyncio.Future[None]) -> int:

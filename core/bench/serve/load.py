@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import math
 import resource
 from collections.abc import Sequence
 
@@ -74,7 +76,7 @@ async def run_load(
     """Send `items` at `times` (seconds from now, never decreasing), at most `max_concurrency` at once."""
     bodies = [target.body(item) for item in items]  # before the clock starts: encoding is none of the server's time
     watcher = watcher or Watcher()
-    room = asyncio.Semaphore(max_concurrency) if max_concurrency is not None else None
+    room = None if max_concurrency is None else _Room(max_concurrency)
     exchanges: list[Exchange] = []
     async with open_session() as session, asyncio.TaskGroup() as tasks:
         client = target.client(session, clock)
@@ -85,13 +87,7 @@ async def run_load(
             due = started + time
             while (wait := due - clock.now()) > 0:
                 await asyncio.sleep(wait)
-            ready = due
-            if room is not None:
-                if room.locked():
-                    await room.acquire()
-                    ready = max(due, clock.now())
-                else:
-                    await room.acquire()
+            ready = due if room is None else max(due, await room.take())
             exchange = Exchange(index=index, asked_tokens=item.max_tokens, due=due, ready=ready)
             exchanges.append(exchange)
             watcher.sent += 1
@@ -99,15 +95,30 @@ async def run_load(
     return LoadRun(started=started, exchanges=exchanges, cpu_s=_cpu_seconds() - used)
 
 
-async def _one(
-    client: Client, body: bytes, exchange: Exchange, room: asyncio.Semaphore | None, watcher: Watcher
-) -> None:
-    try:
-        await client.send(body, exchange)
-    finally:
-        if room is not None:
-            room.release()
+async def _one(client: Client, body: bytes, exchange: Exchange, room: _Room | None, watcher: Watcher) -> None:
+    await client.send(body, exchange)
+    if room is not None:
+        room.give(exchange.ended)
     watcher.finished(exchange)
+
+
+class _Room:
+    """Places for requests under way, each with the time since when it is free. One task takes, others give."""
+
+    def __init__(self, places: int) -> None:
+        self._free = collections.deque([-math.inf] * places)
+        self._given = asyncio.Event()
+
+    async def take(self) -> float:
+        """The place that has been free longest; waits for one."""
+        while not self._free:
+            self._given.clear()
+            await self._given.wait()
+        return self._free.popleft()
+
+    def give(self, now: float) -> None:
+        self._free.append(now)
+        self._given.set()
 
 
 def _cpu_seconds() -> float:
