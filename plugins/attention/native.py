@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ class NativeAttention(AttentionBackend):
         )
         kv_dtype: Literal["auto", "int8"] = Field(
             default="auto",
-            description="How keys and values are kept: `auto`: in the compute type; `int8`: 8 bits each and a scale per "
-            "token and head, which halves the cache of bfloat16 and rounds it.",
+            description="How keys and values are kept: `auto`: in the compute type; `int8`: in 8 bits, with a scale "
+            "per token and head, which halves a bfloat16 cache and rounds it.",
         )
 
     batch_invariant = True
@@ -94,7 +95,9 @@ class NativeAttention(AttentionBackend):
         spec = self.spec
         query, key, value = (_dense_heads(x) for x in (query, key, value))
         recording = metadata if isinstance(metadata, Recording) else None
-        out = recording.tape.empty(query.shape, query.dtype) if recording else torch.empty(query.shape, dtype=query.dtype)
+        out = (
+            recording.tape.empty(query.shape, query.dtype) if recording else torch.empty(query.shape, dtype=query.dtype)
+        )
         window = spec.window if spec.kind == "window" else 0
         integers = (
             *(x.stride(0) for x in (query, key, value, out)),
@@ -109,6 +112,10 @@ class NativeAttention(AttentionBackend):
             ops = (Op * 1)(make_op(ATTENTION, query.dtype, query.shape[0], integers, floats, addresses))
             self.library.run(ops, 1, metadata.step)
         return out
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def _dense_heads(x: torch.Tensor) -> torch.Tensor:

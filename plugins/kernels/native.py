@@ -32,7 +32,17 @@ class NativeKernels(Kernels):
         )
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
-        {"rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "scale", "embedding", "make_block_embedding", "argmax"}
+        {
+            "rms_norm",
+            "add_rms_norm",
+            "rope",
+            "silu_mul",
+            "gelu_mul",
+            "scale",
+            "embedding",
+            "make_block_embedding",
+            "argmax",
+        }
     )
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:

@@ -83,8 +83,7 @@ void attend(const Layer &layer, const Piece &piece, const Partials &partials, Ti
   const Sequence sequence(*layer.step, piece.row);
   const int64_t rows = piece.last - piece.first, last_tile = sequence.last_tile();
   const bool is_whole = piece.tile == ALL_TILES;
-  // A single token's keys and values are seen by its own pieces only.
-  if (sequence.length == 1 && piece.first == 0 && (is_whole || piece.tile == last_tile))
+  if (!sequence.is_shared(layer) && (is_whole || piece.tile == last_tile))
     write_tokens<T>(layer, sequence.start, sequence.start + 1, piece.kv_head, true);
   gather_queries(layer, sequence, piece, tile);
   for (int64_t row = 0; row < rows; ++row) {
@@ -134,14 +133,14 @@ void join_partials(const Layer &layer, const Partials &partials, Thread &thread)
   }
 }
 
-// Keys and values of sequences with several tokens; one thread writes a granule.
+// Keys and values that several pieces see; one thread writes a granule.
 template <typename T>
-void write_prefill(const Layer &layer, Thread &thread) {
+void write_shared(const Layer &layer, Thread &thread) {
   int64_t row = 0, before = 0;
   for (int64_t piece; (piece = thread.claim()) >= 0;) {
     for (; row < layer.step->num_rows; ++row) {
       const Sequence sequence(*layer.step, row);
-      const int64_t count = sequence.length > 1 ? sequence.granules() : 0;
+      const int64_t count = sequence.is_shared(layer) ? sequence.granules() : 0;
       if (piece < before + count) break;
       before += count;
     }
@@ -159,10 +158,10 @@ template <typename T>
 void attend_all(const Layer &layer, Thread &thread) {
   static_assert(sizeof(Tile<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
   Tile<T> &tile = *reinterpret_cast<Tile<T> *>(thread.scratch);
-  bool has_prefill = false;
-  for (int64_t row = 0; row < layer.step->num_rows; ++row) has_prefill |= Sequence(*layer.step, row).length > 1;
-  if (has_prefill) {
-    write_prefill<T>(layer, thread);
+  bool has_shared = false;
+  for (int64_t row = 0; row < layer.step->num_rows; ++row) has_shared |= Sequence(*layer.step, row).is_shared(layer);
+  if (has_shared) {
+    write_shared<T>(layer, thread);
     thread.barrier();
   }
   const Partials partials(layer, thread);

@@ -15,6 +15,8 @@ struct Sequence {
 
   int64_t first_tile(const Layer &layer) const { return layer.first_seen(context) / TILE; }
   int64_t last_tile() const { return (context + length - 1) / TILE; }
+  // Whether more than one piece sees the new keys and values, so that they must be written before any of them starts.
+  bool is_shared(const Layer &layer) const { return length > 1 || (length == 1 && layer.ratio > MAX_ROWS); }
   int64_t granules() const { return (context + length - 1) / GRANULE - context / GRANULE + 1; }
 };
 
