@@ -38,6 +38,22 @@ BLOCK_FORMATS = {
 }  # fmt: skip
 """GGUF's name of a block format → il_format."""
 
+OP_NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "silu_mul",
+    "gelu_mul",
+    "embedding",
+    "linear",
+    "attention",
+    "argmax",
+    "copy_rows",
+    "scale",
+    "block_embedding",
+)
+"""By code."""
+
 
 class Op(ctypes.Structure):
     """il_op."""
