@@ -37,18 +37,27 @@ def assemble(
     loaded: LoadedSettings,
     *,
     default_process: str = "inline",
+    supervised: bool = False,
     plugins: Sequence[object] = (),
     clock: Clock | None = None,
 ) -> Assembly:
     """Discover plugins, resolve the settings, read the tokenizer, and choose the transport to the engine.
 
-    `default_process` is what `engine.process = "auto"` means here. `plugins` are further plugins given in code.
+    `default_process` is what `engine.process = "auto"` means here. `supervised`: a child process that dies is started
+    again, as `engine.max_restarts` allows. `plugins` are further plugins given in code.
     Raises what was wrong before anything is started."""
     clock = clock or MonotonicClock()
     manager = PluginManager(loaded.settings, plugins, clock)
     spec = resolve(loaded, manager)
-    process = loaded.settings.engine.process
-    client = make_client(spec, default_process if process == "auto" else process, clock)
+    engine = loaded.settings.engine
+    process = default_process if engine.process == "auto" else engine.process
+    client = make_client(spec, process, clock)
+    if supervised and process == "subprocess":
+        from interlace.engine.supervisor import Supervisor
+
+        client = Supervisor(
+            lambda: make_client(spec, process, clock), clock, engine.max_restarts, engine.restart_window_s
+        )
     return Assembly(loaded, spec, manager, open_tokenizer(loaded, spec), client, clock)
 
 
@@ -62,7 +71,10 @@ def make_client(spec: ResolvedSpec, process: str, clock: Clock) -> EngineClient:
     from interlace.engine.inline_client import InlineClient
 
     return InlineClient(
-        lambda on_event: start_executor(spec, on_event), lambda info: build_core(spec, info, clock), clock
+        lambda on_event: start_executor(spec, on_event),
+        lambda info: build_core(spec, info, clock),
+        clock,
+        spec.step_timeout_s,
     )
 
 

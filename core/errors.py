@@ -45,6 +45,13 @@ class CapacityError(InterlaceError):
 class InvalidRequestError(InterlaceError, ValueError):
     """A request that can never run as written: bad prompt or bad sampling parameters. The engine is unharmed."""
 
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        """The field at fault, where there is one."""
+        self.code = code
+        """A word for programs, e.g. `context_length_exceeded`."""
+
 
 class RequestFailedError(InterlaceError):
     """A request was accepted and then failed (capacity, a failed step, its deadline, rejection by the policy)."""
@@ -54,8 +61,28 @@ class RequestFailedError(InterlaceError):
         self.code = code
 
 
+class OverloadedError(InterlaceError):
+    """The engine's queue is full: the request was not accepted, and may be sent again later."""
+
+
 class EngineDeadError(InterlaceError):
     """The engine stopped; its own exception is chained as the cause."""
+
+
+class EngineSilentError(EngineDeadError):
+    """The engine loop did not answer in time; it may be in a long step, or hung."""
+
+
+class EngineRestartingError(EngineDeadError):
+    """The engine process died, with every request it had, and a new one is being started: try again later.
+
+    Both the requests that died with it and those that come meanwhile get this error. The engine's exception, where it
+    could still say it, is chained as the cause."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds until the new engine may be ready: the time the last start took, never less than one."""
 
 
 class PluginError(InterlaceError):

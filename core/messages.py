@@ -172,6 +172,7 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Seconds the executor spent on the step."""
     num_running: int
     num_waiting: int
+    """Requests without a seat, blocked ones included."""
     num_scheduled_requests: int
     num_scheduled_tokens: int
     num_prefill_tokens: int
@@ -181,9 +182,14 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     kv_usage: float
     """Share of KV blocks in use, 0 to 1."""
     prefix_queries: int
-    """Tokens looked up in the prefix cache by first admissions since the engine started."""
+    """Prompt tokens of first admissions since the engine started. Like the count below it starts again from 0 when
+    the engine process is restarted."""
     prefix_hits: int
-    """Tokens of those found."""
+    """Tokens of those found in the prefix cache."""
+    num_blocked: int = 0
+    """Requests that wait for something other than room (`EngineRequest.blocked_on`)."""
+    num_failed_requests: int = 0
+    """Requests for which this step could not choose a token (NaN in the logits, everything excluded)."""
     degraded: str | None = None
     """Why health is degraded (a policy that keeps failing or starves requests), or None."""
     plugin_seconds: dict[str, float] = {}
@@ -221,6 +227,21 @@ class RequestSummary(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     num_preemptions: int
     metrics: RequestMetrics
     labels: dict[str, str] = {}
+    error_code: str | None = None
+    """With `finish_reason` "error": `deadline`, `kv_capacity`, `step_failed`, `rejected`, `engine_dead`, …"""
+    finish_reasons: tuple[str, ...] = ()
+    """Of each of its `n` samples; `finish_reason` is the worst."""
+    sample_lengths: tuple[int, ...] = ()
+    """Output tokens of each sample; `num_output_tokens` is their sum."""
+    max_tokens: int = 0
+    """Most output tokens of each sample: as asked for, or as many as fit."""
+    priority: int = 0
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds per token after the first, of the longest sample; None for fewer than two tokens."""
+        decode, longest = self.metrics.decode_time, max(self.sample_lengths, default=0)
+        return None if decode is None or longest < 2 else decode / (longest - 1)
 
 
 # ── front ► user ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -276,12 +297,36 @@ class RequestMetrics(msgspec.Struct, gc=False, kw_only=True):
     @property
     def ttft(self) -> float | None:
         """Time to first token: arrival to first output token, seconds."""
-        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+        return _span(self.arrival_time, self.first_token_time)
+
+    @property
+    def queue_time(self) -> float | None:
+        """Arrival to the first step that computes anything of it, seconds."""
+        return _span(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def prefill_time(self) -> float | None:
+        """First step to first output token, seconds."""
+        return _span(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_time(self) -> float | None:
+        """First to last output token, seconds."""
+        return _span(self.first_token_time, self.last_token_time)
+
+    @property
+    def inference_time(self) -> float | None:
+        """First step to last output token, seconds."""
+        return _span(self.first_scheduled_time, self.last_token_time)
 
     @property
     def e2e_latency(self) -> float | None:
         """Arrival to finish, seconds."""
-        return None if self.finished_time is None else self.finished_time - self.arrival_time
+        return _span(self.arrival_time, self.finished_time)
+
+
+def _span(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 class RequestOutput(msgspec.Struct, gc=False, kw_only=True):

@@ -77,6 +77,7 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
         threads=settings.threads,
         seed=settings.seed,
         deterministic=settings.deterministic,
+        step_timeout_s=settings.engine.step_timeout_s,
     )
     if settings.engine.process == "subprocess":
         check_portable(spec)
@@ -105,14 +106,9 @@ def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[st
     return chosen
 
 
-def open_checkpoint(spec: ResolvedSpec) -> Checkpoint:
-    """The checkpoint of a resolved model, for its tokenizer (in the front) or its weights (in a worker)."""
-    return _open(spec.checkpoint, Path(spec.model_path))
-
-
 def open_tokenizer(loaded: LoadedSettings, spec: ResolvedSpec) -> Tokenizer:
     """The model's tokenizer, with the chat template of the settings if they name one."""
-    tokenizer = open_checkpoint(spec).tokenizer()
+    tokenizer = spec.open_checkpoint().tokenizer()
     template = loaded.settings.chat_template
     if template is None:
         return tokenizer

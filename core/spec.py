@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from interlace.contracts import CONTRACTS, check_version, deprecation, load_class
 from interlace.errors import InterlaceError, PluginError
 from interlace.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from interlace.interfaces.checkpoint import Checkpoint
 
 
 class Component(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +149,14 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """0: one per core this process may use."""
     seed: int | None = None
     deterministic: bool = False
+    step_timeout_s: float = 120.0
+    """A step that takes longer is hung."""
+
+    def open_checkpoint(self) -> Checkpoint:
+        """The checkpoint, for its tokenizer (in the front) or its weights (in a worker)."""
+        target = self.checkpoint.load()
+        opened: Checkpoint = target(self.checkpoint.load_options(target), Path(self.model_path))
+        return opened
 
     @property
     def components(self) -> tuple[Component, ...]:

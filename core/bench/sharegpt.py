@@ -65,25 +65,46 @@ def sample_sharegpt(
 
     Left out are those with fewer than 4 tokens either way, more than 1,024 in, or more than 2,048 (or `max_model_len`)
     in all. `output_len` replaces the length of the reply. Raises `WorkloadError` if there are not enough."""
+    chosen = select_conversations(
+        pool,
+        lambda text: len(encode(text)),
+        num_prompts,
+        seed=seed,
+        max_model_len=max_model_len,
+        output_len=None if output_len is None else lambda: output_len,
+    )
+    return [WorkItem(list(encode(found.prompt)), length) for found, length in chosen]
+
+
+def select_conversations(
+    pool: Sequence[Conversation],
+    count_tokens: Callable[[str], int],
+    num_prompts: int,
+    *,
+    seed: int,
+    max_model_len: int | None,
+    output_len: Callable[[], int] | None = None,
+) -> list[tuple[Conversation, int]]:
+    """The choice behind `sample_sharegpt`: conversations, each with its number of tokens out, which `output_len()`
+    replaces. No `max_model_len` leaves the limit of 2,048. Raises `WorkloadError` if there are not enough."""
+    limit = MAX_TOTAL_TOKENS if max_model_len is None else min(MAX_TOTAL_TOKENS, max_model_len)
     order = list(range(len(pool)))
     random.Random(seed).shuffle(order)
-    items: list[WorkItem] = []
+    chosen: list[tuple[Conversation, int]] = []
     for place in order:
-        if len(items) == num_prompts:
+        if len(chosen) == num_prompts:
             break
-        prompt = list(encode(pool[place].prompt))
-        reply_len = len(encode(pool[place].reply))
-        length = reply_len if output_len is None else output_len
-        is_long_enough = min(len(prompt), reply_len) >= MIN_TOKENS
-        fits = len(prompt) <= MAX_PROMPT_TOKENS and len(prompt) + length <= min(MAX_TOTAL_TOKENS, max_model_len)
-        if is_long_enough and fits:
-            items.append(WorkItem(prompt, length))
-    if len(items) < num_prompts:
+        prompt_len, reply_len = count_tokens(pool[place].prompt), count_tokens(pool[place].reply)
+        length = reply_len if output_len is None else output_len()
+        is_long_enough = min(prompt_len, reply_len) >= MIN_TOKENS
+        if is_long_enough and prompt_len <= MAX_PROMPT_TOKENS and prompt_len + length <= limit:
+            chosen.append((pool[place], length))
+    if len(chosen) < num_prompts:
         raise WorkloadError(
-            f"{num_prompts} prompts were asked for; {len(items)} of the {len(pool)} conversations can be used "
-            f"(4 to 1,024 tokens in, at most {min(MAX_TOTAL_TOKENS, max_model_len):,} in all)"
+            f"{num_prompts} prompts were asked for; {len(chosen)} of the {len(pool)} conversations can be used "
+            f"(4 to 1,024 tokens in, at most {limit:,} in all)"
         )
-    return items
+    return chosen
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -40,8 +40,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _parts(report: Report) -> Iterable[RenderableType]:
-    yield _facts(f"bench {report.benchmark}", _subject_rows(report))
-    yield _facts("throughput" + _of_runs(report), _throughput_rows(report))
+    yield facts_table(f"bench {report.benchmark}", _subject_rows(report))
+    yield facts_table("throughput" + _of_runs(report), _throughput_rows(report))
     yield _latency_table(report)
     yield _startup_table(report)
     if report.plugin_cost is not None:
@@ -81,7 +81,7 @@ def _throughput_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _latency_table(report: Report) -> RenderableType:
-    table = _table("latency, ms", ("", "mean", "median", "p90", "p99", "max"))
+    table = figures_table("latency, ms", ("", "mean", "median", "p90", "p99", "max"))
     rows: list[tuple[str, Distribution | None]] = [
         ("TTFT", report.latencies.ttft_s),
         ("ITL", report.latencies.itl_s),
@@ -97,14 +97,14 @@ def _latency_table(report: Report) -> RenderableType:
 
 
 def _startup_table(report: Report) -> RenderableType:
-    table = _table("start, s", [name for name, _ in _STARTUP_PARTS])
+    table = figures_table("start, s", [name for name, _ in _STARTUP_PARTS])
     seconds = [getattr(report.startup, field) for _, field in _STARTUP_PARTS]
     table.add_row(*("-" if value is None else f"{value:.2f}" for value in seconds))
     return table
 
 
 def _plugin_table(report: Report, costs: list[PluginCost]) -> RenderableType:
-    table = _table(f"plugins, over {report.steps:,} steps", ("", "seconds", "µs a step", "share of the time"))
+    table = figures_table(f"plugins, over {report.steps:,} steps", ("", "seconds", "µs a step", "share of the time"))
     for cost in costs:
         share, per_step = f"{cost.share:.2%}", f"{cost.seconds_per_step * 1e6:,.1f}"
         table.add_row(cost.plugin, f"{cost.seconds:,.3f}", per_step, share)
@@ -116,7 +116,8 @@ def _range(figure: Spread, digits: int = 1, unit: str = "") -> str:
     return text if figure.min == figure.max else f"{text}  ({figure.min:,.{digits}f} to {figure.max:,.{digits}f})"
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
+def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
+    """Names and texts, without lines."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -129,7 +130,8 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
     return Padding(table, (0, 0, 1, 0))
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def figures_table(title: str, columns: Iterable[str]) -> Table:
+    """An empty table of right-aligned figures; a first column without a name holds names."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -20,7 +20,9 @@ from interlace.errors import InterlaceError, did_you_mean
 COMMANDS = {
     "generate": "answer prompts and print the results",
     "chat": "talk to a model",
-    "bench": "measure throughput and latency",
+    "serve": "serve a model over HTTP, OpenAI-compatible",
+    "batch": "answer a file of requests, resumably",
+    "bench": "measure an engine, its parts, or a server",
     "models": "list the models that are installed",
     "plugins": "list, show, check and create plugins",
     "config": "show, explain and check the configuration",

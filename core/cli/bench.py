@@ -19,12 +19,17 @@ DATASETS = ("random", "sharegpt")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare `bench throughput`, `bench latency` and `bench startup`."""
-    parser = subparsers.add_parser("bench", help="measure throughput and latency", description=__doc__)
+    """Declare the benchmarks."""
+    from interlace.cli.bench_parts import add_parts
+    from interlace.cli.bench_serve_flags import add_serve
+
+    parser = subparsers.add_parser("bench", help="measure an engine, its parts, or a server", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK")
     _add_throughput(benchmarks)
     _add_latency(benchmarks)
-    _add_startup(benchmarks)
+    _add_prefill(benchmarks)
+    add_parts(benchmarks)
+    add_serve(benchmarks)
 
 
 def _add_throughput(benchmarks: Any) -> None:
@@ -73,16 +78,18 @@ def _add_latency(benchmarks: Any) -> None:
     _add_common(parser)
 
 
-def _add_startup(benchmarks: Any) -> None:
+def _add_prefill(benchmarks: Any) -> None:
     parser = benchmarks.add_parser(
-        "startup",
-        help="a command, with many plugins installed",
-        description="Time `interlace plugins list` in fresh processes, with generated packages installed beside the "
-        "real ones. No model is loaded.",
+        "prefill",
+        help="prompts alone",
+        description="Random prompts, all at once, with one token out of each: how fast prompts are read.",
     )
-    _add_count(parser, "--packages", 50, "generated packages (50)")
-    _add_count(parser, "--repeat", 5, "runs; medians are reported (5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _add_count(parser, "--num-prompts", 16, "prompts (16)")
+    _add_count(parser, "--input-len", 1024, "tokens in (1024)")
+    _add_count(parser, "--repeat", 3, "timed runs; the median and the range are reported (3)")
+    _add_common(parser)
+    parser.set_defaults(dataset=None, dataset_path=None, save_workload=None, output_len=1, prefix_len=None)
+    parser.set_defaults(num_warmups=4, plugin_cost=False, processors=None)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -112,12 +119,19 @@ def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the benchmark and print its report; everything else goes to stderr."""
     if args.benchmark is None:
-        raise UsageError("which benchmark? interlace bench throughput, bench latency or bench startup")
-    if args.benchmark == "startup":
-        return _startup(args)
+        names = ("throughput", "latency", "prefill", "startup", "host", "kernels", "serve")
+        raise UsageError(f"which benchmark? interlace bench {', bench '.join(names)}")
+    if args.benchmark in ("startup", "host", "kernels"):
+        from interlace.cli import bench_parts
+
+        return bench_parts.run(args, loaded)
+    if args.benchmark == "serve":
+        from interlace.cli import bench_serve
+
+        return bench_serve.run(args, loaded)
     if args.benchmark == "throughput":
         _check_dataset_flags(args)
-    report = _throughput(args, loaded) if args.benchmark == "throughput" else _latency(args, loaded)
+    report = _latency(args, loaded) if args.benchmark == "latency" else _throughput(args, loaded)
     if args.json:
         import msgspec
 
@@ -126,23 +140,6 @@ def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
         from interlace.bench.tables import print_report
 
         print_report(report)
-    return 0
-
-
-def _startup(args: argparse.Namespace) -> int:
-    import msgspec
-
-    from interlace.bench.plugins import measure_listing
-
-    times = measure_listing(args.packages, args.repeat)
-    if args.json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(times), indent=2).decode() + "\n")
-        return 0
-    print(f"interlace plugins list with {times.packages} more packages: {times.command_s * 1000:.0f} ms")
-    print(f"  of which on a processor              {times.command_cpu_s * 1000:6.1f} ms")
-    print(f"  an interpreter that does nothing     {times.interpreter_s * 1000:6.1f} ms")
-    print(f"  reading the metadata of all packages {times.find_s * 1000:6.1f} ms")
-    print(f"  importing the plugins and asking them{times.discover_s * 1000:6.1f} ms")
     return 0
 
 
@@ -163,7 +160,7 @@ def _throughput(args: argparse.Namespace, loaded: LoadedSettings) -> Report:
         for number in range(args.repeat):
             runs.append(session.run(workload.items))
             _say_run(f"run {number + 1} of {args.repeat}", runs[-1])
-        return make_report("throughput", workload, runs, session, machine, args.plugin_cost)
+        return make_report(args.benchmark, workload, runs, session, machine, args.plugin_cost)
 
 
 def _latency(args: argparse.Namespace, loaded: LoadedSettings) -> Report:

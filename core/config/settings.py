@@ -49,6 +49,14 @@ def _memory_text(value: Any) -> Any:
     return value
 
 
+def _size_text(value: Any) -> Any:
+    """As `_memory_text`, but a share of something makes no sense here."""
+    text = _memory_text(value)
+    if isinstance(text, str) and isinstance(parse_memory(text), float):
+        raise ValueError("should be a size such as '4MiB' or '500KB', not a share")
+    return text
+
+
 def _reject_bool(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """`seed = true` is a mistake, not the number 1."""
     if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
@@ -215,11 +223,14 @@ class ServerSettings(Section):
     )
     tls_certificate: str | None = Field(default=None, description="PEM file with the TLS certificate (chain).")
     tls_key: str | None = Field(default=None, description="PEM file with the certificate's private key.")
-    max_body_size: Annotated[str, BeforeValidator(_memory_text)] = Field(
+    max_body_size: Annotated[str, BeforeValidator(_size_text)] = Field(
         default="4MiB", description="Largest request body; more is answered 413."
     )
     max_waiting: int = Field(
         default=1024, ge=0, description="Requests that may wait in the engine; one more is answered 503. 0: no limit."
+    )
+    client_timeout_s: float = Field(
+        default=30.0, ge=0.0, description="A client has this long to send a whole request. 0: no limit."
     )
     request_timeout_s: float = Field(
         default=600.0, ge=0.0, description="A request that is not finished by then ends with an error. 0: no limit."
@@ -230,8 +241,10 @@ class ServerSettings(Section):
     sse_keep_alive_s: float = Field(
         default=15.0, ge=0.0, description="A silent stream gets a comment line this often, for proxies. 0: never."
     )
-    access_log: bool = Field(default=True, description="Log one line per HTTP request.")
-    log_prompts: bool = Field(default=False, description="Put prompts and answers into the log.")
+    access_log: bool = Field(
+        default=True, description="Log one line per HTTP request (except `/health` and other probes that went well)."
+    )
+    log_prompts: bool = Field(default=False, description="Put the bodies of requests and answers into the log.")
     log_format: Literal["text", "json"] = Field(default="text", description="Form of the server's log lines.")
     log_file: str | None = Field(default=None, description="Write the log to this file, too.")
     metrics: bool = Field(default=True, description="Serve Prometheus metrics at `/metrics`.")

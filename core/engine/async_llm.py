@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,9 +13,10 @@ from typing import Any, Self
 from interlace.config import LoadedSettings
 from interlace.engine.client import EngineHealth
 from interlace.engine.front import Front
-from interlace.engine.input_processor import Prompt, RequestOptions
+from interlace.engine.input_processor import PreparedRequest, Prompt, RequestOptions
 from interlace.engine.llm import load_constructor
 from interlace.engine.output_state import ActiveRequest
+from interlace.engine.snapshot import MAX_BLOCKS, MAX_REQUESTS, EngineSnapshot
 from interlace.errors import EngineDeadError, RequestFailedError
 from interlace.messages import RequestOutput, SamplingParams
 
@@ -48,12 +49,17 @@ class AsyncLLM:
 
     @classmethod
     def from_loaded(
-        cls, loaded: LoadedSettings, *, plugins: Sequence[Any] = (), default_process: str = "inline"
+        cls,
+        loaded: LoadedSettings,
+        *,
+        plugins: Sequence[Any] = (),
+        default_process: str = "inline",
+        supervised: bool = False,
     ) -> Self:
         """For settings that are already loaded. `default_process` is where the engine runs when the settings leave it
-        open: `inline` or `subprocess`."""
+        open: `inline` or `subprocess`. `supervised`: an engine process that dies is started again (`Front.open`)."""
         llm = cls.__new__(cls)
-        llm._prepare(loaded, plugins, default_process)
+        llm._prepare(loaded, plugins, default_process, supervised)
         return llm
 
     @classmethod
@@ -63,10 +69,13 @@ class AsyncLLM:
         llm._attach(front)
         return llm
 
-    def _prepare(self, loaded: LoadedSettings, plugins: Sequence[Any], default_process: str) -> None:
+    def _prepare(
+        self, loaded: LoadedSettings, plugins: Sequence[Any], default_process: str, supervised: bool = False
+    ) -> None:
         self.loaded = loaded
         self._plugins = plugins
         self._default_process = default_process
+        self._supervised = supervised
         self._front: Front | None = None
         self._closed = False
         self._starting = asyncio.Lock()
@@ -91,7 +100,9 @@ class AsyncLLM:
         return self
 
     def _build(self) -> Front:
-        return Front.open(self.loaded, default_process=self._default_process, plugins=self._plugins)
+        return Front.open(
+            self.loaded, default_process=self._default_process, supervised=self._supervised, plugins=self._plugins
+        )
 
     async def generate(
         self,
@@ -112,25 +123,54 @@ class AsyncLLM:
         `RequestFailedError` when the request fails (with n > 1: any of its samples), and `EngineDeadError`."""
         if self._front is None:
             await self.start()
-        front = self.front
         options = RequestOptions(priority=priority, timeout=timeout, cache_salt=cache_salt, labels=labels or {})
-        prepared = front.prepare(prompt, params, request_id=request_id, options=options, chat_options=chat_options)
-        sink = self._current_sink()
-        [request] = front.submit([prepared], sink, streaming=True)
-        news = sink.register(request)
+        prepared = self.prepare(prompt, params, request_id=request_id, options=options, chat_options=chat_options)
+        outputs = self.run([prepared])
         try:
-            finished = False
-            while not finished:
-                await news.wait()
-                news.clear()
-                output = front.take(request)
-                if output is not None:
-                    _raise_failure(request)
-                    finished = output.finished
-                    yield output
+            async for _, output in outputs:
+                yield output
         finally:
-            sink.forget(request)
-            front.abort([request])
+            await outputs.aclose()
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        options: RequestOptions | None = None,
+        index: int | None = None,
+        chat_options: Mapping[str, Any] | None = None,
+    ) -> PreparedRequest:
+        """Validate and tokenize a prompt for `run`; nothing reaches the engine. Raises `InvalidRequestError`."""
+        return self.front.prepare(
+            prompt, params, request_id=request_id, options=options, index=index, chat_options=chat_options
+        )
+
+    async def run(
+        self, prepared: Sequence[PreparedRequest], *, streaming: bool = True
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Answer prepared prompts, which enter the engine together; yields (index of the prompt, delta) as `generate`.
+
+        Not `streaming`: one output per prompt, when it has ended, for the price of one wake-up. Leaving the loop aborts
+        what is outstanding. Raises what `generate` raises; the failure of one prompt ends all."""
+        front, sink = self.front, self._current_sink()
+        requests = front.submit(prepared, sink, streaming=streaming)
+        news = sink.register(requests)
+        index = {request: i for i, request in enumerate(requests)}
+        try:
+            while index:
+                for request in await news.wait():
+                    output = front.take(request)
+                    if output is None:
+                        continue
+                    _raise_failure(request)
+                    yield index[request], output
+                    if output.finished:
+                        del index[request]
+        finally:
+            sink.forget(requests)
+            front.abort(requests)
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its iterator yields a last delta with `finish_reason` "abort". Whether there was one."""
@@ -142,8 +182,17 @@ class AsyncLLM:
         return True
 
     async def health(self, timeout: float = 5.0) -> EngineHealth:
-        """Ask the engine loop. Raises `EngineDeadError` if it is dead or silent for `timeout` seconds."""
+        """Ask the engine loop; a dead engine is a status, too (see `Front.health`). Raises `EngineDeadError` only
+        before `start` and after `shutdown`."""
         return await asyncio.to_thread(self.front.health, timeout)
+
+    async def wait_dead(self) -> EngineDeadError:
+        """Wait until the engine has died and is not started again; returns the reason. May be cancelled."""
+        return await asyncio.wrap_future(self.front.death)
+
+    async def snapshot(self, max_requests: int = MAX_REQUESTS, max_blocks: int = MAX_BLOCKS) -> EngineSnapshot:
+        """The inside of the engine between two steps. Raises `EngineDeadError`; waits for the step under way."""
+        return await asyncio.to_thread(self.front.snapshot, max_requests, max_blocks)
 
     async def control(self, operation: str, **arguments: Any) -> Any:
         """Run a named operation in the engine, between steps (`reset_prefix_cache`, …)."""
@@ -176,15 +225,17 @@ class _LoopSink:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._news: dict[ActiveRequest, asyncio.Event] = {}
+        self._news: dict[ActiveRequest, _News] = {}
 
-    def register(self, request: ActiveRequest) -> asyncio.Event:
+    def register(self, requests: Sequence[ActiveRequest]) -> _News:
         """In the loop, right after submission: what was delivered before waits in the loop's queue."""
-        event = self._news[request] = asyncio.Event()
-        return event
+        news = _News()
+        self._news.update(dict.fromkeys(requests, news))
+        return news
 
-    def forget(self, request: ActiveRequest) -> None:
-        self._news.pop(request, None)
+    def forget(self, requests: Sequence[ActiveRequest]) -> None:
+        for request in requests:
+            self._news.pop(request, None)
 
     def deliver(self, requests: list[ActiveRequest]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -192,8 +243,27 @@ class _LoopSink:
 
     def _wake(self, requests: list[ActiveRequest]) -> None:
         for request in requests:
-            if event := self._news.get(request):
-                event.set()
+            if news := self._news.get(request):
+                news.add(request)
+
+
+class _News:
+    """Which requests of one iterator have changed."""
+
+    def __init__(self) -> None:
+        self._changed: dict[ActiveRequest, None] = {}
+        self._any = asyncio.Event()
+
+    def add(self, request: ActiveRequest) -> None:
+        self._changed[request] = None
+        self._any.set()
+
+    async def wait(self) -> list[ActiveRequest]:
+        """Until there are any; each is said once."""
+        await self._any.wait()
+        self._any.clear()
+        changed, self._changed = list(self._changed), {}
+        return changed
 
 
 def _raise_failure(request: ActiveRequest) -> None:

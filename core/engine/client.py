@@ -19,14 +19,21 @@ from interlace.messages import EngineRequest, StepOutput
 OnOutput = Callable[[StepOutput], None]
 OnDeath = Callable[[EngineDeadError], None]
 OnEvent = Callable[[ExecutorEvent], None]
+OnRestart = Callable[[ExecutorInfo], None]
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer of the engine loop itself, not of the process around it."""
+    """What the engine loop itself says, or, where there is none any more, who watches over it."""
 
     status: str
-    """`ok` or `degraded`; a dead engine raises instead."""
+    """`ok`: it answers. `degraded`: it works, but see `reason` (a policy was replaced, a step takes long).
+    `restarting`: it died, and a new one is being started. `dead`: it died, and nothing more is tried."""
     reason: str | None = None
+    """Why it is not `ok`."""
+    restarts: int = 0
+    """How often a new engine has taken the place of one that died."""
+    last_cause: str | None = None
+    """What the engine last died of, also after it was restarted."""
     num_running: int = 0
     num_waiting: int = 0
     steps: int = 0
@@ -35,13 +42,18 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
 class EngineClient(ABC):
     """Sends requests to one engine core and receives a `StepOutput` per step. Thread-safe."""
 
+    on_restart: OnRestart | None = None
+    """Set before `start`: called when a new engine has taken the place of one that died, from a thread of the client,
+    before the new one is given any request. Only a client that restarts its engine calls it."""
+
     @abstractmethod
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
         """Start the engine and wait until it is ready; raises the true cause when it cannot start.
 
         `on_event` hears of progress while loading (kind `progress`) and of later events of the executor.
         Afterwards `on_output` is called once per step, from a thread of the client, and must not block.
-        `on_death` is called at most once, when the engine stopped by itself."""
+        `on_death` is called when the engine stopped by itself, after its last output: with `EngineRestartingError` if
+        a new one is being started, else with another `EngineDeadError`, which is the last call."""
 
     @abstractmethod
     def add(self, requests: list[EngineRequest]) -> None:
@@ -53,7 +65,8 @@ class EngineClient(ABC):
 
     @abstractmethod
     def health(self, timeout: float = 5.0) -> EngineHealth:
-        """Ask the engine loop. Raises `EngineDeadError` if it is dead or does not answer within `timeout` s."""
+        """Ask the engine loop. Raises `EngineSilentError` if it does not answer within `timeout` s, and
+        `EngineDeadError` if it is dead (a client that restarts its engine has something to say about that, too)."""
 
     @abstractmethod
     def control(self, operation: str, **arguments: Any) -> Any:

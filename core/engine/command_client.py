@@ -13,7 +13,7 @@ import msgspec
 
 from interlace.engine.client import EngineClient, EngineHealth
 from interlace.engine.loop import Abort, Add, Command, Control
-from interlace.errors import EngineDeadError
+from interlace.errors import EngineDeadError, EngineSilentError
 from interlace.messages import EngineRequest
 
 
@@ -92,4 +92,4 @@ class CommandClient(EngineClient):
         try:
             return future.result(timeout)
         except FutureTimeoutError:
-            raise EngineDeadError(f"the engine loop did not answer within {timeout} s") from None
+            raise EngineSilentError(f"the engine loop did not answer within {timeout} s") from None

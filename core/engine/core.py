@@ -80,8 +80,8 @@ class EngineCore:
         self.queues = Queues(limits.max_num_seqs, self._policy.order_key)
         self.max_in_flight = info.max_in_flight
         self._feeds_tokens = info.feeds_tokens
-        self._limits = limits
-        self._max_model_len = max_model_len
+        self.limits = limits
+        self.max_model_len = max_model_len
         self._watchdog = StarvationWatchdog(scheduler_name, limits.starvation_timeout_s)
         self._steps: deque[InFlightStep] = deque()
         self._next_step_id = 0
@@ -89,8 +89,8 @@ class EngineCore:
         self._deadlines: list[tuple[float, str]] = []
         self._wake_time: float | None = None
         self._out = OutputBuffer()
-        self._prefix_queries = 0
-        self._prefix_hits = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
 
     # ── requests in and out ───────────────────────────────────────────────────────────────────────────────────
 
@@ -100,13 +100,13 @@ class EngineCore:
         Raises `InvalidRequestError` for an id that is in use."""
         if request.id in self.queues.requests:
             raise InvalidRequestError(f"a request with id '{request.id}' is already running; ids must be unique")
-        state = RequestState(request, self._max_model_len, len(self.kv.config.groups))
+        state = RequestState(request, self.max_model_len, len(self.kv.config.groups))
         self._policy.on_arrival(state, now)
         self.queues.add(state)
         if state.deadline is not None:
             heapq.heappush(self._deadlines, (state.deadline, state.id))
         if state.max_tokens < 1:
-            text = f"the prompt has {state.num_prompt_tokens} tokens, max_model_len is {self._max_model_len}"
+            text = f"the prompt has {state.num_prompt_tokens} tokens, max_model_len is {self.max_model_len}"
             self._end_with_error(state, text, "prompt_too_long")
         elif not state.num_prompt_tokens:
             self._end_with_error(state, "the prompt is empty: it needs at least one token", "empty_prompt")
@@ -141,6 +141,11 @@ class EngineCore:
         return len(self._steps)
 
     @property
+    def plans_in_flight(self) -> list[StepPlan]:
+        """The plans under way, oldest first."""
+        return [step.plan for step in self._steps]
+
+    @property
     def degraded(self) -> str | None:
         """Why health is degraded, or None."""
         return self._policy.degraded or self._watchdog.degraded
@@ -153,12 +158,12 @@ class EngineCore:
         self._wake_time = None
         if len(self._steps) >= self.max_in_flight or not (self.queues.running or len(self.queues.waiting)):
             return None
-        step = StepBuilder(self.queues, self.kv, self._limits, now, self._feeds_tokens, self._end_with_error)
+        step = StepBuilder(self.queues, self.kv, self.limits, now, self._feeds_tokens, self._end_with_error)
         self._policy.plan(step, bool(self._steps), len(self.queues.requests))
         step.close()
         self._wake_time = step.wake_time
-        self._prefix_queries += step.prefix_queries
-        self._prefix_hits += step.prefix_hits
+        self.prefix_queries += step.prefix_queries
+        self.prefix_hits += step.prefix_hits
         plan = self._seal(step, now) if step.rows else None
         self._watchdog.check(now, self.queues)
         self._tell_ended(now)
@@ -348,7 +353,7 @@ class EngineCore:
             if not 0 <= state.num_in_flight <= state.num_planned <= state.num_known + state.samples_in_flight:
                 raise AssertionError(f"{state!r} has token counts that contradict each other")
         slots = [state.slot for state in queues.running]
-        if len(set(slots)) != len(slots) or len(slots) + queues.seats_left != self._limits.max_num_seqs:
+        if len(set(slots)) != len(slots) or len(slots) + queues.seats_left != self.limits.max_num_seqs:
             raise AssertionError("a slot is lost or given twice")
         self.kv.check_integrity(places)
 
@@ -368,8 +373,10 @@ class EngineCore:
             num_sampled_tokens=len(result.token_ids),
             num_preemptions=step.num_preempted,
             kv_usage=self.kv.usage,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            num_blocked=len(self.queues.blocked),
+            num_failed_requests=len(result.errors),
             degraded=self.degraded,
             plugin_seconds=plugin_seconds,
         )

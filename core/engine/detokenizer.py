@@ -66,6 +66,15 @@ class Detokenizer:
             text = self._texts[token_id] = self._tokenizer.token_text(token_id)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for: also those of a part of a character, which `token_text` cannot show."""
+        if self._byte_level is not None:
+            return self._byte_level[token_id]
+        if self._fallback is not None:
+            piece = self._fallback[token_id]
+            return bytes([piece]) if isinstance(piece, int) else piece.encode()
+        return self.token_text(token_id).encode()
+
 
 # ── Byte-level BPE ──────────────────────────────────────────────────────────────────────────────────────────────
 

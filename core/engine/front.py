@@ -9,17 +9,21 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
+
+import msgspec
 
 from interlace.assemble import Assembly, assemble
 from interlace.clock import Clock, MonotonicClock
 from interlace.config import LoadedSettings, effective
 from interlace.engine.client import EngineHealth
 from interlace.engine.input_processor import InputProcessor, PreparedRequest, Prompt, RequestOptions
-from interlace.engine.output_processor import OutputProcessor, Processed
+from interlace.engine.output_processor import OutputProcessor, Processed, raise_failure
 from interlace.engine.output_state import ActiveRequest, Sink
+from interlace.engine.snapshot import MAX_BLOCKS, MAX_REQUESTS, EngineSnapshot
 from interlace.engine.startup import StartupProgress
-from interlace.errors import EngineDeadError
+from interlace.errors import EngineDeadError, EngineRestartingError, EngineSilentError, OverloadedError
 from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import RequestOutput, SamplingParams, StepOutput
 
@@ -54,8 +58,16 @@ class Front:
         self._outputs = OutputProcessor(assembly.tokenizer)
         self._ids = itertools.count()
         self._observers: tuple[Observer, ...] = ()
+        self._max_waiting = 0
+        self._congested = False  # whether the last step left anyone waiting
         self._closing = threading.Lock()
         self._closed = False
+        self.restarts = 0
+        """How often a new engine has taken the place of one that died."""
+        self.death: Future[EngineDeadError] = Future()
+        """Done when the engine died and is not started again; its value is the reason. Never by `shutdown`."""
+        self.death.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it for others
+        self._client.on_restart = self._on_restart
         assembled = self.clock.now()
         began = assembled if began is None else began
         self._progress = StartupProgress()
@@ -77,13 +89,16 @@ class Front:
         loaded: LoadedSettings,
         *,
         default_process: str = "inline",
+        supervised: bool = False,
         plugins: Sequence[Any] = (),
         clock: Clock | None = None,
     ) -> Self:
-        """Assemble and start an engine. `default_process`: where it runs when the settings leave it open."""
+        """Assemble and start an engine. `default_process`: where it runs when the settings leave it open.
+        `supervised`: an engine process that dies is started again, as `engine.max_restarts` allows."""
         clock = clock or MonotonicClock()
         began = clock.now()
-        return cls(assemble(loaded, default_process=default_process, clock=clock, plugins=plugins), began)
+        parts = assemble(loaded, default_process=default_process, supervised=supervised, clock=clock, plugins=plugins)
+        return cls(parts, began)
 
     # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,14 +125,20 @@ class Front:
     def submit(self, prepared: Iterable[PreparedRequest], sink: Sink, *, streaming: bool) -> list[ActiveRequest]:
         """Hand requests to the engine, together: they enter it before the same step.
 
-        `streaming` sinks hear of every step with news, others of the end only. Raises `EngineDeadError`."""
+        `streaming` sinks hear of every step with news, others of the end only. Raises `EngineDeadError`, and
+        `OverloadedError` if too many would wait (`limit_waiting`): then none of them was handed over."""
         requests: list[ActiveRequest] = []
         samples = []
         try:
             for one in prepared:
                 requests.append(self._outputs.add(one, sink, streaming))
                 samples += one.samples
+            self._check_room(len(samples))
             self._client.add(samples)
+            lost = next((request for request in requests if request.failure is not None), None)
+            if lost is not None:  # the engine died meanwhile, and the samples may have reached the one after it
+                self._abort_in_engine([sample.id for sample in samples])
+                raise_failure(lost)
         except BaseException:
             for request in requests:
                 self._outputs.discard(request)
@@ -146,20 +167,76 @@ class Front:
         """The active request of that id."""
         return self._outputs.find(request_id)
 
+    def limit_waiting(self, most: int) -> None:
+        """Let at most `most` samples wait for their first step, beside those that find a seat. 0: no limit."""
+        self._max_waiting = most
+
+    def _check_room(self, new: int) -> None:
+        if not self._max_waiting:
+            return
+        # Free seats count, so that a burst which can run at once is not refused; unless it is blocks that are short.
+        free = self.loaded.settings.scheduler.max_num_seqs - (self.num_active - self.num_waiting)
+        seats = 0 if self._congested else max(0, free)
+        if self.num_waiting > self._max_waiting + seats:
+            raise OverloadedError(
+                f"{self.num_waiting - new} requests are waiting already (server.max_waiting = {self._max_waiting}): "
+                f"there is no room for {new} more, try again later"
+            )
+
     def observe(self, observer: Observer) -> None:
         """Tell `observer` everything from now on. One that raises is logged and told nothing more."""
         self._observers += (observer,)
 
-    @property
-    def num_active(self) -> int:
-        """Requests between submission and the engine's word that they ended."""
-        return self._outputs.num_active
-
     # ── Engine ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @property
+    def num_active(self) -> int:
+        """Engine requests (a request with `n` samples is `n` of them) whose end the engine has not reported. Cheap."""
+        return self._outputs.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        """Of those, how many no step has computed anything of yet: the queue, as seen from here. Cheap."""
+        return self._outputs.num_waiting
+
     def health(self, timeout: float = 5.0) -> EngineHealth:
-        """Ask the engine loop. Raises `EngineDeadError` if it is dead or silent for `timeout` seconds."""
-        return self._client.health(timeout)
+        """Ask the engine loop. A loop that is silent for `timeout` seconds is `degraded` (a step may take long; a hung
+        one is ended after `engine.step_timeout_s`); one that is gone is `restarting` or `dead`. Never raises."""
+        if self.death.done():
+            return self._dead_health(self.death.result())
+        try:
+            return self._client.health(timeout)
+        except EngineSilentError as error:
+            return EngineHealth(status="degraded", reason=str(error), restarts=self.restarts)
+        except EngineDeadError as error:
+            return self._dead_health(error)
+
+    def _dead_health(self, error: EngineDeadError) -> EngineHealth:
+        cause = error.__cause__
+        return EngineHealth(
+            status="dead",
+            reason=str(error),
+            restarts=self.restarts,
+            last_cause=str(error) if cause is None else f"{type(cause).__name__}: {cause}",
+        )
+
+    def snapshot(self, max_requests: int = MAX_REQUESTS, max_blocks: int = MAX_BLOCKS) -> EngineSnapshot:
+        """The inside of the engine between two steps. Raises `EngineDeadError`; waits for the step under way."""
+        answer = self._client.control("snapshot", max_requests=max_requests, max_blocks=max_blocks)
+        found = msgspec.convert(answer, EngineSnapshot)
+        return msgspec.structs.replace(found, plugins=self._plugins_in_force())
+
+    def _plugins_in_force(self) -> dict[str, list[str]]:
+        spec = self.spec
+        named = [("models", spec.architecture.name), ("checkpoints", spec.checkpoint.name)]
+        named += [("schedulers", spec.scheduler.label), ("executors", spec.executor.name)]
+        named += [(choice.kind, choice.name) for choice in self.info.selections]
+        named += [("logits_processors", part.name) for part in spec.logits_processors]
+        found: dict[str, list[str]] = {}
+        for kind, name in named:
+            if name not in found.setdefault(kind, []):
+                found[kind].append(name)
+        return found
 
     def control(self, operation: str, **arguments: Any) -> Any:
         """Run a named operation in the engine, between steps (`reset_prefix_cache`, …)."""
@@ -203,6 +280,7 @@ class Front:
             for sink, requests in done.news.items():
                 sink.deliver(requests)
             if step.stats is not None:
+                self._congested = step.stats.num_waiting > 0
                 self._events.on_step(step.stats)
             for summary in done.summaries:
                 self._events.on_request_finished(summary)
@@ -213,7 +291,7 @@ class Front:
             logger.exception("step %d could not be processed", step.step_id)
             death = EngineDeadError(f"step {step.step_id} could not be processed: {type(error).__name__}: {error}")
             death.__cause__ = error
-            self._deliver_death(death)
+            self._lose_engine(death)
 
     def _tell(self, observer: Observer, method: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -223,8 +301,23 @@ class Front:
             self._observers = tuple(other for other in self._observers if other is not observer)
 
     def _on_death(self, error: EngineDeadError) -> None:
-        logger.error("the engine died: %s", error)
-        self._deliver_death(error)
+        logger.error("the engine died: %s", error, exc_info=error)
+        self._lose_engine(error)
+
+    def _on_restart(self, info: ExecutorInfo) -> None:
+        self.info = info
+        self.restarts += 1
+
+    def _lose_engine(self, error: EngineDeadError) -> None:
+        """Tell everyone who listens; the engine did not get to do it."""
+        done = self._deliver_death(error)
+        if not isinstance(error, EngineRestartingError) and not self.death.done():
+            self.death.set_result(error)
+        for summary in done.summaries:
+            self._events.on_request_finished(summary)
+        nothing = StepOutput(step_id=-1, now=self.clock.now(), request_ids=[], counts=[], token_ids=[])
+        for observer in self._observers:
+            self._tell(observer, observer.on_step, nothing, done)
 
     def _on_event(self, event: ExecutorEvent) -> None:
         if event.kind == "progress":
@@ -232,9 +325,11 @@ class Front:
         else:
             logger.warning("executor: %s: %s", event.kind, event.message)
 
-    def _deliver_death(self, error: EngineDeadError) -> None:
-        for sink, requests in self._outputs.fail(error).items():
+    def _deliver_death(self, error: EngineDeadError) -> Processed:
+        done = self._outputs.fail(error, self.clock.now())
+        for sink, requests in done.news.items():
             sink.deliver(requests)
+        return done
 
     def _abort_in_engine(self, ids: list[str]) -> None:
         if not ids:

@@ -86,7 +86,7 @@ class InputProcessor:
         except InvalidRequestError as error:
             if index is None:
                 raise
-            raise InvalidRequestError(f"prompt {index}: {error}") from error
+            raise InvalidRequestError(f"prompt {index}: {error}", param=error.param, code=error.code) from error
 
     def _prepare(
         self,
@@ -151,10 +151,11 @@ class InputProcessor:
     def _check_ids(self, name: str, ids: Sequence[Any]) -> list[int]:
         for position, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int):
-                raise InvalidRequestError(f"{name}[{position}] = {token!r} is not a token id (an integer)")
+                raise InvalidRequestError(f"{name}[{position}] = {token!r} is not a token id (an integer)", param=name)
             if not 0 <= token < self._vocab_size:
                 raise InvalidRequestError(
-                    f"{name}[{position}] = {token} is outside the vocabulary: ids go from 0 to {self._vocab_size - 1}"
+                    f"{name}[{position}] = {token} is outside the vocabulary: ids go from 0 to {self._vocab_size - 1}",
+                    param=name,
                 )
         return list(ids)
 
@@ -165,7 +166,8 @@ class InputProcessor:
         if len(ids) >= limit:
             raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens; {limit - 1} are allowed (max_model_len = {limit}, one of them to "
-                "generate). Shorten the prompt or raise max_model_len"
+                "generate). Shorten the prompt or raise max_model_len",
+                code="context_length_exceeded",
             )
 
     # ── Parameters ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +186,8 @@ class InputProcessor:
         if params.min_tokens > max_tokens:
             raise InvalidRequestError(
                 f"min_tokens = {params.min_tokens} cannot be reached: after a prompt of {prompt_len} tokens there is "
-                f"room for {room} (max_model_len = {self._spec.max_model_len})"
+                f"room for {room} (max_model_len = {self._spec.max_model_len})",
+                param="min_tokens",
             )
         changes: dict[str, Any] = {}
         if max_tokens != params.max_tokens:
@@ -206,16 +209,17 @@ class InputProcessor:
         if name not in enabled:
             raise InvalidRequestError(
                 f"logits processor '{name}' is not enabled.{did_you_mean(name, enabled)} Enabled: "
-                f'{", ".join(sorted(enabled)) or "none"}. Enable it with logits_processors.use = ["{name}"]'
+                f'{", ".join(sorted(enabled)) or "none"}. Enable it with logits_processors.use = ["{name}"]',
+                param="logits_processors",
             )
         try:
             self._load(enabled[name]).Args(**arguments)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in ("logits_processors", name, *first["loc"]))
-            raise InvalidRequestError(f"{key}: {first['msg']}") from error
+            raise InvalidRequestError(f"{key}: {first['msg']}", param=key) from error
         except TypeError as error:
-            raise InvalidRequestError(f"logits_processors.{name}: {error}") from error
+            raise InvalidRequestError(f"logits_processors.{name}: {error}", param="logits_processors") from error
 
     def _load(self, component: Component) -> type[LogitsProcessor]:
         if component.name not in self._processors:

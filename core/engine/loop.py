@@ -15,9 +15,10 @@ import msgspec
 from interlace.clock import Clock
 from interlace.engine.client import EngineHealth, OnOutput
 from interlace.engine.core import EngineCore
+from interlace.engine.snapshot import describe_state, take_snapshot
 from interlace.errors import InterlaceError, InvalidRequestError
 from interlace.interfaces.executor import Executor
-from interlace.messages import EngineRequest, StepResult
+from interlace.messages import EngineRequest, StepOutput, StepResult
 
 logger = logging.getLogger("interlace.engine")
 
@@ -76,10 +77,27 @@ class EngineLoop:
         self._steps = 0
         self._empty_plans = 0
         self._last_failure = ""  # a failure that repeats is logged without its traceback
+        self.beat = 0
+        """Changes whenever the loop comes round; what `StepWatchdog` looks at, with `waiting`."""
+        self.waiting = False
+        """Whether the loop waits for commands: then it is idle, and not stuck."""
 
     def post(self, command: Command) -> None:
         """Hand a command to the loop; it is carried out before the next plan."""
         self._inbox.put(command)
+
+    def abandon(self, error: BaseException) -> None:
+        """The loop is stuck and counts as dead: should it ever go on, it ends with `error` and nobody hears of it."""
+
+        def end(output: StepOutput) -> None:
+            raise error
+
+        self._on_output = end
+        self.post(Stop())
+
+    def hang_report(self) -> str:
+        """What the loop was doing, for the log; called from another thread while it is stuck."""
+        return describe_state(self._core, self._clock.now(), self._steps)
 
     def run(self) -> None:
         """Serve until `Stop`. An exception means that the engine is dead."""
@@ -96,14 +114,22 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Carry out everything in the inbox; wait for the first entry when there is nothing else to do. False: stop."""
         timeout = self._idle_time()
+        self.beat += 1
         try:
-            command = self._inbox.get_nowait() if timeout == 0.0 else self._inbox.get(timeout=timeout)
+            command = self._inbox.get_nowait() if timeout == 0.0 else self._wait(timeout)
             while not isinstance(command, Stop):
                 self._handle(command)
                 command = self._inbox.get_nowait()
         except queue.Empty:
             return True
         return False
+
+    def _wait(self, timeout: float | None) -> Command:
+        self.waiting = True
+        try:
+            return self._inbox.get(timeout=timeout)
+        finally:
+            self.waiting = False
 
     def _idle_time(self) -> float | None:
         """How long the inbox may be waited on: 0 while there is work, None for as long as it takes."""
@@ -151,6 +177,8 @@ class EngineLoop:
                     num_waiting=len(core.queues.waiting) + len(core.queues.blocked),
                     steps=self._steps,
                 )
+            case "snapshot":
+                return take_snapshot(core, self._clock.now(), self._steps, **arguments)
             case "process_id":
                 return os.getpid()
             case "reset_prefix_cache":

@@ -5,6 +5,7 @@ Work per step is proportional to the requests with news in it.
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from interlace.engine.detokenizer import Detokenizer
 from interlace.engine.input_processor import PreparedRequest
 from interlace.engine.output_state import ActiveRequest, Sample, Sink
-from interlace.errors import EngineDeadError, InvalidRequestError
+from interlace.errors import EngineDeadError, EngineRestartingError, InvalidRequestError
 from interlace.messages import RequestOutput, RequestSummary, StepOutput
 from interlace.tokenizer import Tokenizer
 
@@ -46,10 +47,13 @@ class OutputProcessor:
         self._requests: dict[str, ActiveRequest] = {}
         self._samples: dict[str, tuple[ActiveRequest, Sample]] = {}
         self._failure: EngineDeadError | None = None
+        self.num_waiting = 0
+        """Samples that no step has computed anything of yet."""
 
     @property
     def num_active(self) -> int:
-        return len(self._requests)
+        """Samples the engine has not reported the end of."""
+        return len(self._samples)
 
     def add(self, prepared: PreparedRequest, sink: Sink, streaming: bool) -> ActiveRequest:
         """Register before the engine hears of the request. Raises `InvalidRequestError` when the id is taken and
@@ -64,12 +68,14 @@ class OutputProcessor:
             self._requests[request.id] = request
             for sample in request.samples:
                 self._samples[sample.engine_id] = (request, sample)
+            self.num_waiting += len(request.samples)
         return request
 
     def discard(self, request: ActiveRequest) -> None:
         """Forget a request that never reached the engine."""
         with self._lock:
-            self._forget(request)
+            if self._requests.get(request.id) is request:
+                self._forget(request)
 
     def process(self, step: StepOutput) -> Processed:
         """Take in one step."""
@@ -95,8 +101,11 @@ class OutputProcessor:
 
     def _note_admissions(self, step: StepOutput) -> None:
         for engine_id, when in step.first_scheduled.items():
-            if (found := self._samples.get(engine_id)) and found[0].metrics.first_scheduled_time is None:
-                found[0].metrics.first_scheduled_time = when
+            if found := self._samples.get(engine_id):
+                request, sample = found
+                self._note_start(sample)
+                if request.metrics.first_scheduled_time is None:
+                    request.metrics.first_scheduled_time = when
         for engine_id, count in step.cached_tokens.items():
             # Later siblings find the prompt of the first in the cache; what the user saved is the first one's.
             if (found := self._samples.get(engine_id)) and found[0].cached_tokens is None:
@@ -142,19 +151,24 @@ class OutputProcessor:
         self._requests.pop(request.id, None)
         for sample in request.samples:
             self._samples.pop(sample.engine_id, None)
+            self._note_start(sample)
+
+    def _note_start(self, sample: Sample) -> None:
+        """It waits no longer: something of it was computed, or never will be."""
+        if not sample.started:
+            sample.started = True
+            self.num_waiting -= 1
 
     def take(self, request: ActiveRequest) -> RequestOutput | None:
         """The delta since the last call, or None. Raises `EngineDeadError` if the engine died under the request."""
         with self._lock:
-            if request.failure is not None and not request.finished:
-                raise dead_again(request.failure)
+            raise_failure(request)
             return request.take()
 
     def whole(self, request: ActiveRequest) -> RequestOutput:
         """Everything so far. Raises `EngineDeadError` if the engine died under the request."""
         with self._lock:
-            if request.failure is not None and not request.finished:
-                raise dead_again(request.failure)
+            raise_failure(request)
             return request.whole()
 
     def abort(self, request: ActiveRequest, now: float) -> list[str]:
@@ -171,21 +185,31 @@ class OutputProcessor:
         with self._lock:
             return self._requests.get(request_id)
 
-    def fail(self, error: EngineDeadError) -> dict[Sink, list[ActiveRequest]]:
-        """The engine is gone: every active request fails with `error`. Returns the news."""
-        news: dict[Sink, list[ActiveRequest]] = {}
+    def fail(self, error: EngineDeadError, now: float) -> Processed:
+        """The engine is gone: every active request fails with `error`, and so does every later one unless a new engine
+        is being started."""
+        done = Processed([], {}, [])
         with self._lock:
-            self._failure = self._failure or error
-            for request in self._requests.values():
+            if not isinstance(error, EngineRestartingError):
+                self._failure = self._failure or error
+            for request in list(self._requests.values()):
                 request.failure = error
-                news.setdefault(request.sink, []).append(request)
-            self._requests.clear()
-            self._samples.clear()
-        return news
+                if not request.finished:
+                    request.metrics.finished_time = now
+                    done.news.setdefault(request.sink, []).append(request)
+                done.summaries.append(request.summary())
+                self._forget(request)
+        return done
+
+
+def raise_failure(request: ActiveRequest) -> None:
+    """Raise what the engine died of under an unfinished request, if it did."""
+    if request.failure is not None and not request.finished:
+        raise dead_again(request.failure)
 
 
 def dead_again(error: EngineDeadError) -> EngineDeadError:
     """A fresh error with the same text and cause: one instance raised in several threads would mix their traces."""
-    fresh = EngineDeadError(*error.args)
+    fresh = copy.copy(error).with_traceback(None)
     fresh.__cause__ = error.__cause__
     return fresh

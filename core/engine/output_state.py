@@ -50,6 +50,8 @@ class Sample:
         """Whether the engine has reported the end: nothing more will come."""
         self.token_ids: list[int] = []
         self.last_token_time: float | None = None
+        self.started = False
+        """Whether a step has computed anything of it."""
         self._params = params
         self._detokenizer = detokenizer
         self._stream = (
@@ -238,7 +240,11 @@ class ActiveRequest:
 
     def summary(self) -> RequestSummary:
         """The finished request, for `on_request_finished`."""
-        reasons = [sample.finish_reason or "abort" for sample in self.samples]
+        cut_off = "abort" if self.failure is None else "error"
+        reasons = [sample.finish_reason or cut_off for sample in self.samples]
+        codes = [sample.error_code for sample in self.samples if sample.finish_reason == "error"]
+        if self.failure is not None:
+            codes.append("engine_dead")
         known = [reason for reason in reasons if reason in _SEVERITY]
         return RequestSummary(
             request_id=self.id,
@@ -249,6 +255,11 @@ class ActiveRequest:
             num_preemptions=self._num_preemptions,
             metrics=msgspec.structs.replace(self.metrics),
             labels=self._prepared.samples[0].labels,
+            error_code=codes[0] if codes else None,
+            finish_reasons=tuple(reasons),
+            sample_lengths=tuple(len(sample.token_ids) for sample in self.samples),
+            max_tokens=self._prepared.params.max_tokens or 0,
+            priority=self._prepared.samples[0].priority,
         )
 
 

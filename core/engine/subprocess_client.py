@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import zmq
 
 from interlace.engine.client import OnDeath, OnEvent, OnOutput
 from interlace.engine.command_client import CommandClient
-from interlace.engine.loop import Command, Stop
+from interlace.engine.loop import Command, Control, Stop
 from interlace.engine.wire import Died, Event, Output, Ready, Reply, decode_from_engine, encode
 from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorInfo
@@ -28,6 +29,10 @@ from interlace.spec import ResolvedSpec
 
 STOP_TIMEOUT = 10.0
 """Seconds a child is given to end by itself before it is killed."""
+ABORT_TIMEOUT = 2.0
+"""Seconds a frozen child is given to write down what its threads are doing before it is killed."""
+PING = -1
+"""Call id of a question nobody waits for."""
 
 
 class SubprocessClient(CommandClient):
@@ -40,6 +45,7 @@ class SubprocessClient(CommandClient):
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._closing_lock = threading.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -47,15 +53,19 @@ class SubprocessClient(CommandClient):
         return self._process.pid if self._process else None
 
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
-        self._directory = tempfile.mkdtemp(prefix="interlace-")  # mode 0700
+        self._directory = _socket_directory()
         self._context = zmq.Context()
         self._commands, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        for socket, name in ((self._commands, "commands"), (self._outputs, "outputs")):
-            socket.set_hwm(0)
-            socket.bind(f"ipc://{self._directory}/{name}")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "interlace.engine.subprocess_main", self._directory], stdin=subprocess.PIPE
-        )
+        try:
+            for socket, name in ((self._commands, "commands"), (self._outputs, "outputs")):
+                socket.set_hwm(0)
+                socket.bind(f"ipc://{self._directory}/{name}")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "interlace.engine.subprocess_main", self._directory], stdin=subprocess.PIPE
+            )
+        except BaseException:
+            self._release()
+            raise
         level = logging.getLogger("interlace").getEffectiveLevel()
         self._commands.send(msgspec.msgpack.encode((self._spec, level)))
         ready: Future[ExecutorInfo] = Future()
@@ -92,9 +102,13 @@ class SubprocessClient(CommandClient):
         poller.register(self._outputs, zmq.POLLIN)
         poller.register(process_fd, zmq.POLLIN)
         cause: Exception | None = None
-        alive = True
+        alive, silences = True, 0
         while alive:
-            alive = process_fd not in dict(poller.poll())
+            events = dict(poller.poll(self._patience(silences) if ready.done() else None))
+            silences = 0 if events else silences + 1
+            if silences:
+                cause = self._break_silence(silences) or cause
+            alive = process_fd not in events
             while self._outputs.poll(0 if alive else 100):  # what a dying child still said comes first
                 match decode_from_engine(self._outputs.recv()):
                     case Output(output=output):
@@ -109,6 +123,23 @@ class SubprocessClient(CommandClient):
                     case Died(error=error):
                         cause = error.rebuild()
         return cause
+
+    def _patience(self, silences: int) -> int:
+        """Milliseconds to listen for a sign of life before the next thing is done about there being none."""
+        return round(1000 * (self._spec.step_timeout_s if silences < 2 else ABORT_TIMEOUT))
+
+    def _break_silence(self, silences: int) -> Exception | None:
+        """The child has said nothing for a long time. It ends hung steps by itself, so first it is asked. If even that
+        is not answered it is frozen as a whole (stopped, or native code never lets Python on), and is ended."""
+        assert self._process is not None
+        if silences == 1:
+            self._send(Control(PING, "health"))
+            return None
+        # The first signal makes it print the stacks of its threads, whatever they are doing; the second always works.
+        self._process.send_signal(signal.SIGABRT if silences == 2 else signal.SIGKILL)
+        return TimeoutError(
+            f"it answered nothing for {self._spec.step_timeout_s:g} s (engine.step_timeout_s) and was ended"
+        )
 
     def _end(self, ready: Future[ExecutorInfo], cause: Exception | None, on_death: OnDeath) -> None:
         """The child is gone: tell everyone who waits."""
@@ -131,12 +162,15 @@ class SubprocessClient(CommandClient):
         if self._process is None:
             raise EngineDeadError("the engine was not started")
         with self._send_lock:
+            if self._commands.closed:
+                raise EngineDeadError("the engine was shut down")
             self._commands.send(encode(command))
 
     def shutdown(self) -> None:
-        if self._process is None or self._closing:
-            return
-        self._closing = True
+        with self._closing_lock:
+            if self._process is None or self._closing:
+                return
+            self._closing = True
         with contextlib.suppress(EngineDeadError):
             self._post(Stop())
         try:
@@ -147,7 +181,21 @@ class SubprocessClient(CommandClient):
             self._thread.join()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._commands.close(linger=0)
+        self._release()
+
+    def _release(self) -> None:
+        """Free everything but the process and the thread, which are gone."""
+        with self._send_lock:
+            self._commands.close(linger=0)
         self._outputs.close(linger=0)
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _socket_directory() -> str:
+    """A new directory of mode 0700, where sockets may have their names: those are limited to about 107 characters."""
+    directory = tempfile.mkdtemp(prefix="interlace-")
+    if len(f"{directory}/commands") > zmq.IPC_PATH_MAX_LEN:
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="interlace-", dir="/tmp")
+    return directory

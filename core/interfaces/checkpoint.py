@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +18,17 @@ from interlace.model_config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from interlace.interfaces.weights import BlockWeight
     from interlace.tokenizer import Tokenizer
+
+
+class Stored(NamedTuple):
+    """How much a checkpoint holds in one format."""
+
+    values: int
+    nbytes: int
+    in_blocks: bool = False
+    """Whether matrices in this format come as `BlockWeight`s."""
 
 
 class Checkpoint(ABC):
@@ -54,9 +64,17 @@ class Checkpoint(ABC):
         """The tokenizer with its special tokens and chat template."""
 
     @abstractmethod
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face weight name, tensor) pairs in file order; memory-mapped or dequantised one at a time."""
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | BlockWeight]]:
+        """(Hugging Face weight name, weight) pairs in file order, read one at a time.
+
+        A matrix that is quantised in blocks comes as a `BlockWeight`, which layers keep or decode; all else as tensors.
+        Both may be views of a mapped file: nobody writes to them."""
 
     def num_weights(self) -> int | None:
         """How many pairs `weights` yields, for the progress bar; None if unknown."""
+        return None
+
+    def stored(self) -> dict[str, Stored] | None:
+        """Format (`Q4_1`, `BF16`) → how much `weights` yields in it, for sizing before anything is loaded; None if
+        unknown."""
         return None

@@ -7,16 +7,24 @@ is never all or nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from interlace.interfaces.weights import join_rows
+
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
+    from interlace.interfaces.model import LayerCache, Model
     from interlace.interfaces.weights import BlockWeight
+    from interlace.sampling.distribution import Shape
+    from interlace.worker.batch import ForwardBatch
 
 OPS = (
     "rms_norm",
@@ -29,6 +37,9 @@ OPS = (
     "make_linear",
     "make_block_linear",
     "make_block_embedding",
+    "make_head",
+    "argmax",
+    "draw",
 )
 """The ops of the contract, in the order they are logged."""
 
@@ -53,6 +64,30 @@ class KernelSpec(msgspec.Struct, frozen=True):
         """The torch dtype linear weights are kept in, for the plain ways of keeping them (auto, bf16, float32)."""
         return {"bf16": "bfloat16", "float32": "float32"}.get(self.weights, self.dtype)
 
+    @property
+    def decoded_dtype(self) -> torch.dtype:
+        """What blocks that are not kept are decoded to for `make_linear`: the type it keeps, or float32 where it
+        quantises them anew."""
+        import torch
+
+        found: torch.dtype = torch.float32 if self.weights == "int8" else getattr(torch, self.weight_dtype)
+        return found
+
+
+class StepProgram(ABC):
+    """A model's forward and head as one call per step; made by `Kernels.compile_step`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the program is, in a few words, for the start-up log."""
+
+    @abstractmethod
+    def run(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [tokens, hidden] after the final norm, logits [outputs, vocab] in float32).
+
+        `outputs`: places in the token dimension whose logits are wanted. Both results are buffers of the program that
+        the next `run` overwrites; the caller may write into the logits."""
+
 
 class Kernels:
     """Fused ops. Methods may be called from one thread per instance and must not keep their arguments."""
@@ -62,8 +97,11 @@ class Kernels:
 
         model_config = ConfigDict(extra="forbid")
 
-    batch_invariant: ClassVar[frozenset[str]] = frozenset()
-    """Ops whose result for a row has the same bits whatever the other rows."""
+    batch_invariant: ClassVar[frozenset[str]] = frozenset(
+        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw"}
+    )
+    """Ops whose result for a row has the same bits whatever the other rows. Of the reference: those made of other ops
+    only, and those that compute every value alone."""
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
         self.options: Any = options
@@ -74,6 +112,8 @@ class Kernels:
         """None if the provider's own `op` can run under `spec`, else the reason against, as a clause.
 
         This default is the reference's answer: it keeps weights in a plain floating type only."""
+        if op == "make_block_linear" and spec.weights == "as-shipped":
+            return "decodes blocks instead of keeping them as shipped"
         if op == "make_linear" and spec.weights not in ("auto", "bf16", "float32"):
             return f"keeps linear weights as auto, bf16 or float32, not as '{spec.weights}'"
         return None
@@ -81,6 +121,13 @@ class Kernels:
     def describe(self, op: str) -> str:
         """How this instance runs `op`, in a few words, for the start-up log; may be empty."""
         return ""
+
+    def compile_step(
+        self, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int
+    ) -> StepProgram | str:
+        """Make the model's whole step one call, for up to `max_tokens` tokens and `max_outputs` rows of logits; or say,
+        as a clause, why that cannot be. Called once, after loading, on the provider that serves every op."""
+        return "its kernels make no step programs"
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
         """x / rms(x) * weight over the last dimension, computed in float32; `unit_offset`: weight + 1 (Gemma)."""
@@ -157,11 +204,37 @@ class Kernels:
     def make_block_linear(
         self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps of
-        several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with a format decodes it, as here."""
+        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps
+        of several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with one decodes it."""
+        return self.make_linear(join_rows(parts, self.spec.decoded_dtype, parts[0].data.device), bias)
+
+    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `make_linear` or `make_block_linear`, for the output head: hidden [rows, hidden] -> logits [rows, out] in
+        float32. A provider that overrides this need not round the logits to the compute type first."""
         import torch
 
-        return self.make_linear(torch.cat([part.dequantize() for part in parts]), bias)
+        run = self.make_linear(weight) if isinstance(weight, torch.Tensor) else self.make_block_linear(weight)
+        return lambda hidden: run(hidden).float()
+
+    def argmax(self, logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Of logits [rows, vocab] float32: the index of each row's largest value (the first of equal ones; NaN counts
+        as the largest) and that value, both [rows] on the host."""
+        from interlace.sampling.argmax import argmax
+
+        return argmax(logits)
+
+    def draw(
+        self, logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        """Draw a token for each of `rows` of logits [all rows, vocab] float32, which may be overwritten there.
+
+        `shapes[i]` says how row `rows[i]` is cut (see `interlace.sampling.distribution`); the token is the first,
+        in order of id, whose cumulative probability exceeds `uniforms[i]`; -1 where a row is no distribution (NaN,
+        +inf, nothing left). A row's token must not depend on the other rows. Providers may round differently from each other,
+        so a seed gives the same tokens with the same provider only."""
+        from interlace.sampling.distribution import draw_rows
+
+        return draw_rows(logits, rows, shapes, uniforms)
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.
@@ -169,6 +242,5 @@ class Kernels:
         `weight.data` may be kept: only rows that are asked for need to be read from the file."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.spec.dtype)
-        values = weight.dequantize().to(dtype)
+        values = weight.dequantize(getattr(torch, self.spec.dtype))
         return lambda token_ids: self.embedding(token_ids, values)

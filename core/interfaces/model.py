@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -79,6 +79,10 @@ class ModelOutput(NamedTuple):
 class Model(ABC):
     """One architecture family on one rank."""
 
+    takes_blocks: ClassVar[bool] = False
+    """Whether `load_weights` understands `BlockWeight`, as `interlace.layers` does. Where it does not, what a
+    checkpoint ships in blocks comes decoded to float32."""
+
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         """Allocate modules without values; `load_weights` fills them."""
         self.config = config
@@ -94,8 +98,9 @@ class Model(ABC):
         """Values in the weights of the whole model, known as soon as it is built (also on device `meta`)."""
 
     @abstractmethod
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Consume (checkpoint name, tensor) pairs, then make the model ready to run.
+    def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Consume (checkpoint name, weight) pairs, then make the model ready to run. Weights are tensors or, if
+        `takes_blocks`, also `BlockWeight`s.
 
         Raises `CheckpointError` naming every missing, unexpected or wrongly shaped tensor."""
 

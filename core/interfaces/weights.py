@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 if TYPE_CHECKING:
     import torch
+
+_MOST_VALUES = 1 << 20
+"""Values that are in float32 at a time while a weight is decoded into another type."""
 
 
 class BlockWeight(msgspec.Struct, frozen=True):
@@ -21,16 +24,20 @@ class BlockWeight(msgspec.Struct, frozen=True):
     """GGUF's name of the block format, such as `Q4_1`."""
     shape: tuple[int, int]
     data: Any
-    """torch.Tensor [out, bytes of a row] uint8, perhaps a view of a mapped file."""
+    """torch.Tensor [out, bytes of a row] uint8, perhaps a view of a mapped file: never written to."""
     decode: Callable[[Any], Any]
     """data of some rows -> their values [rows, in] in float32, exactly."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return int(self.data.numel())
 
     def __getitem__(self, where: Any) -> Any:
         """Rows, by a slice or a list of numbers: a `BlockWeight`. With a part of the columns, too: their values, as a
         tensor, since blocks cannot be cut."""
         rows, *columns = where if isinstance(where, tuple) else (where,)
-        data = self.data[rows]
-        part = BlockWeight(self.format, (data.shape[0], self.shape[1]), data, self.decode)
+        part = self._with(self.data[rows])
         if not columns or columns[0] == slice(None):
             return part
         return part.dequantize()[:, columns[0]]
@@ -38,7 +45,59 @@ class BlockWeight(msgspec.Struct, frozen=True):
     def detach(self) -> BlockWeight:
         return self
 
-    def dequantize(self) -> torch.Tensor:
-        """[out, in] float32."""
-        values: torch.Tensor = self.decode(self.data)
-        return values
+    def to(self, device: Any) -> BlockWeight:
+        """The same with `data` on a torch device."""
+        return self._with(self.data.to(device))
+
+    def pad(self, rows: int) -> BlockWeight:
+        """With rows of zeros at the end, `rows` in all: every format decodes zero bytes to zeros."""
+        if rows == self.shape[0]:
+            return self
+        padded = self.data.new_zeros(rows, self.data.shape[1])
+        padded[: self.shape[0]] = self.data
+        return self._with(padded)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[out, in] in `dtype` (None: float32). Another type than float32 is filled piece by piece."""
+        import torch
+
+        if dtype in (None, torch.float32):
+            values: torch.Tensor = self.decode(self.data)
+            return values
+        return self.dequantize_into(torch.empty(self.shape, dtype=dtype, device=self.data.device))
+
+    def dequantize_into(self, out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` [out, in] of any floating type, piece by piece, and return it."""
+        step = max(1, _MOST_VALUES // max(1, self.shape[1]))
+        for first in range(0, self.shape[0], step):
+            out[first : first + step].copy_(self.decode(self.data[first : first + step]))
+        return out
+
+    def _with(self, data: Any) -> BlockWeight:
+        return BlockWeight(self.format, (data.shape[0], self.shape[1]), data, self.decode)
+
+
+def join_rows(parts: Sequence[torch.Tensor | BlockWeight], dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """The parts' rows one after the other in `dtype` on `device`, in memory of their own; blocks are decoded without
+    a float32 copy of the whole."""
+    import torch
+
+    rows = sum(part.shape[0] for part in parts)
+    joined = torch.empty(rows, *parts[0].shape[1:], dtype=dtype, device=device)
+    first = 0
+    for part in parts:
+        place = joined[first : first + part.shape[0]]
+        if isinstance(part, BlockWeight):
+            part.to(device).dequantize_into(place)
+        else:
+            place.copy_(part)
+        first += part.shape[0]
+    return joined
+
+
+def decode_all(
+    weights: Iterable[tuple[str, torch.Tensor | BlockWeight]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a checkpoint for a model that takes tensors only."""
+    for name, weight in weights:
+        yield name, weight.dequantize() if isinstance(weight, BlockWeight) else weight

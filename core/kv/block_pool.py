@@ -127,6 +127,13 @@ class BlockPool:
         self._cached.clear()
         self._keys = [None] * self.num_blocks
 
+    def block_map(self, stride: int = 1) -> bytes:
+        """One byte for every `stride`-th usable block, in order of id: 0 free, 1 free but cached, 2 held once, 3 held
+        more than once."""
+        refs, keys = self._refs[1::stride], self._keys[1::stride]
+        states = [(2 if held == 1 else 3) if held else key is not None for held, key in zip(refs, keys, strict=True)]
+        return bytes(states)
+
     def check_integrity(self, references: Mapping[int, int]) -> None:
         """Compare with the references that are known to exist (block → count, pins excluded).
 

@@ -9,6 +9,7 @@ import torch
 
 from interlace.interfaces.attention import AttentionSpec
 from interlace.interfaces.model import BuildContext, ForwardContext, Model, ModelOutput
+from interlace.interfaces.weights import BlockWeight
 from interlace.layers.attention import Attention
 from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from interlace.layers.mlp import GatedMLP
@@ -80,6 +81,7 @@ class PreNormLayer(DecoderLayer):
 class CausalLM(Model):
     """Embedding, decoder layers, final norm, output head. An architecture says what its layers are made of."""
 
+    takes_blocks = True
     norm_unit_offset = False
     """Whether the checkpoint's final norm stores weight - 1 (Gemma)."""
 
@@ -107,7 +109,7 @@ class CausalLM(Model):
     def num_parameters(self) -> int:
         return self._weights.num_parameters
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor | BlockWeight]]) -> None:
         self._weights.load(weights)
         self._head.finish()
 

@@ -1,7 +1,8 @@
 """Linear layers, split over ranks by rows (outputs) or columns (inputs), fused where the checkpoint is not.
 
 Each layer gathers this rank's part of its checkpoint tensors; when the last one has come it has the kernels prepare
-the whole once (`Kernels.make_linear`) and lets the raw tensors go, so loading never holds a second copy of the model.
+the whole once (`Kernels.make_linear`, or `make_block_linear` where blocks are kept) and lets the raw tensors go, so
+loading never holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from interlace.interfaces.model import BuildContext
+from interlace.interfaces.weights import BlockWeight, join_rows
 from interlace.layers.parallel import share, share_heads
 from interlace.layers.weights import WeightTable
 
@@ -47,31 +49,45 @@ class Linear:
     ) -> None:
         self._build = build
         self._use_bias = use_bias
-        self._raw: dict[tuple[str, int], torch.Tensor] = {}  # (tensor kind, part) → this rank's slice, until complete
+        # (tensor kind, part) → this rank's slice, until complete
+        self._raw: dict[tuple[str, int], torch.Tensor | BlockWeight] = {}
         self._num_expected = len(parts) * (2 if bias else 1)
         self._run: Callable[[torch.Tensor], torch.Tensor] = _refuse
         for index, part in enumerate(parts):
-            scope = weights.at(part.name)
-            scope.expect("weight", part.shape, partial(self._place, "weight", index, (part.rows, part.columns)))
+            scope, place = weights.at(part.name), partial(self._place, "weight", index, (part.rows, part.columns))
+            scope.expect("weight", part.shape, place, blocks=True)
             if bias:
                 scope.expect("bias", part.shape[:1], partial(self._place, "bias", index, (part.rows,)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(x)
 
-    def _place(self, kind: str, index: int, where: tuple[slice | list[int], ...], tensor: torch.Tensor) -> None:
-        self._raw[kind, index] = tensor[where]
+    def _place(
+        self, kind: str, index: int, where: tuple[slice | list[int], ...], weight: torch.Tensor | BlockWeight
+    ) -> None:
+        self._raw[kind, index] = weight[where]
         if len(self._raw) == self._num_expected:
-            bias = self._join("bias") if self._use_bias else None
-            weight = self._join("weight")
-            assert weight is not None
+            bias = self._join(self._parts("bias")) if self._use_bias and ("bias", 0) in self._raw else None
+            weights = self._parts("weight")
             self._raw.clear()
-            self._run = self._build.kernels.make_linear(weight, bias)
+            kernels = self._build.kernels
+            blocks = [part for part in weights if isinstance(part, BlockWeight)]
+            if len(blocks) == len(weights) and kernels.spec.keeps_blocks:
+                self._run = kernels.make_block_linear([part.to(self._build.device) for part in blocks], bias)
+            else:
+                self._run = kernels.make_linear(self._join(weights), bias)
 
-    def _join(self, kind: str) -> torch.Tensor | None:
-        """The parts of one kind in order, in memory of their own (the raw ones may lie in a mapped file)."""
-        parts = [self._raw[key] for key in sorted(self._raw) if key[0] == kind]
-        return torch.cat(parts).to(self._build.device) if parts else None
+    def _parts(self, kind: str) -> list[torch.Tensor | BlockWeight]:
+        """The parts of one kind in order."""
+        return [self._raw[key] for key in sorted(self._raw) if key[0] == kind]
+
+    def _join(self, parts: list[torch.Tensor | BlockWeight]) -> torch.Tensor:
+        """One tensor in memory of its own (the parts may lie in a mapped file), in the type they were shipped in;
+        blocks are decoded straight into the type they are kept in."""
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if len(tensors) == len(parts):
+            return torch.cat(tensors).to(self._build.device)
+        return join_rows(parts, self._build.kernels.spec.decoded_dtype, self._build.device)
 
 
 def _refuse(x: torch.Tensor) -> torch.Tensor:

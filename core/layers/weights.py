@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from interlace.errors import CheckpointError
+from interlace.interfaces.weights import BlockWeight
 
 
 class _Entry(NamedTuple):
     shape: tuple[int, ...]
-    place: Callable[[torch.Tensor], object]
+    place: Callable[[Any], object]
+    blocks: bool
 
 
 class WeightTable:
@@ -35,13 +37,17 @@ class WeightTable:
         view._entries, view._ignored, view._prefix = self._entries, self._ignored, f"{self._prefix}{name}."
         return view
 
-    def expect(self, name: str, shape: tuple[int, ...], place: Callable[[torch.Tensor], object]) -> None:
+    def expect(
+        self, name: str, shape: tuple[int, ...], place: Callable[[Any], object], *, blocks: bool = False
+    ) -> None:
         """Need tensor `name` of this whole (unsharded) shape. `place` gets it once, in the type it was shipped in,
-        perhaps as a view of a mapped file: it copies what it keeps."""
+        perhaps as a view of a mapped file: it copies what it keeps.
+
+        A weight shipped in blocks is decoded to float32 first, unless `place` takes a `BlockWeight` too (`blocks`)."""
         full_name = self._prefix + name
         if full_name in self._entries:
             raise ValueError(f"two layers expect the checkpoint tensor '{full_name}'")
-        self._entries[full_name] = _Entry(shape, place)
+        self._entries[full_name] = _Entry(shape, place, blocks)
 
     def ignore(self, suffix: str) -> None:
         """Pass over tensors whose name ends so; for values that some checkpoints carry and nobody needs."""
@@ -52,8 +58,8 @@ class WeightTable:
         """Values in all expected tensors, before they are split over ranks."""
         return sum(math.prod(entry.shape) for entry in self._entries.values())
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Consume all (checkpoint name, tensor) pairs.
+    def load(self, weights: Iterable[tuple[str, torch.Tensor | BlockWeight]]) -> None:
+        """Consume all (checkpoint name, weight) pairs.
 
         Raises `CheckpointError` naming every missing, unexpected, repeated or wrongly shaped tensor."""
         seen: set[str] = set()
@@ -68,7 +74,7 @@ class WeightTable:
             else:
                 seen.add(name)
                 if tuple(tensor.shape) == entry.shape:
-                    entry.place(tensor.detach())
+                    entry.place(_given(tensor, entry))
                 else:
                     misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(entry.shape)}")
         problems = {
@@ -83,6 +89,12 @@ class WeightTable:
                 f"the checkpoint does not fit its own configuration; tensors {'; '.join(found)}. "
                 "Check that config and weights belong together and that all files of the checkpoint are there."
             )
+
+
+def _given(weight: torch.Tensor | BlockWeight, entry: _Entry) -> torch.Tensor | BlockWeight:
+    if isinstance(weight, BlockWeight) and not entry.blocks:
+        return weight.dequantize()
+    return weight.detach()
 
 
 def _fold(names: list[str]) -> list[str]:

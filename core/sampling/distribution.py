@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 _MIN_TEMPERATURE = 1e-6  # dividing float32 logits by less may overflow; the distribution is one token long before
@@ -103,6 +104,18 @@ def draw(candidates: Candidates, uniforms: torch.Tensor) -> tuple[torch.Tensor, 
     inside = blocks[torch.arange(len(block), device=block.device), block]
     offset, _, _ = _invert(inside, rest)
     return (block * _DRAW_BLOCK + offset).clamp_(max=vocab - 1), valid
+
+
+def draw_rows(
+    logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """The reference of `Kernels.draw`: one token for each of `rows`, -1 where a row is no distribution."""
+    drawn = np.full(len(rows), -1, dtype=np.int64)
+    numbers = torch.from_numpy(uniforms).to(logits.device)
+    for group in truncate(take_rows(logits, rows), shapes):
+        token_ids, valid = draw(group, numbers[group.rows])
+        drawn[group.rows] = torch.where(valid, token_ids, -1).cpu().numpy()
+    return drawn
 
 
 def final_probabilities(logits: torch.Tensor, shapes: Sequence[Shape]) -> torch.Tensor:

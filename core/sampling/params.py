@@ -93,7 +93,7 @@ def _normalise(params: SamplingParams) -> None:
 
 
 def _bad(name: str, value: object, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+    return InvalidRequestError(f"{name} = {value!r} is not allowed: it must be {allowed}", param=name)
 
 
 def _number(params: SamplingParams, name: str, low: float, high: float, allowed: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from interlace.errors import InvalidRequestError
 from interlace.interfaces.logits_processor import LogitsProcessor, LogitsRow
 from interlace.messages import Admission, TokenLogprobs
-from interlace.sampling.distribution import draw, take_rows, truncate
+from interlace.sampling.argmax import argmax
+from interlace.sampling.distribution import Shape, draw_rows, take_rows
 from interlace.sampling.logprobs import prompt_logprobs, select_logprobs
 from interlace.sampling.random import uniform
 from interlace.sampling.slots import Histories, SlotSampling, edit_logits
@@ -27,6 +28,10 @@ _NOTHING_LEFT = (
     "no token is left to choose from: allowed_token_ids, bad_words, min_tokens and logits processors together "
     "exclude the whole vocabulary"
 )
+Argmax = Callable[[torch.Tensor], tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+"""`Kernels.argmax`."""
+Draw = Callable[[torch.Tensor, list[int], Sequence[Shape], npt.NDArray[np.float64]], npt.NDArray[np.int64]]
+"""`Kernels.draw`."""
 
 
 class SampledRows(NamedTuple):
@@ -48,13 +53,20 @@ class Sampler:
     """
 
     def __init__(
-        self, vocab_size: int, processors: Mapping[str, LogitsProcessor], timer: Callable[[], float] = float
+        self,
+        vocab_size: int,
+        processors: Mapping[str, LogitsProcessor],
+        timer: Callable[[], float] = float,
+        argmax: Argmax = argmax,
+        draw: Draw = draw_rows,
     ) -> None:
         """`vocab_size` is the width of the logits; `processors` are applied in their order here. `timer` gives seconds
         for the account of what they cost, by default always 0."""
         self._vocab_size = vocab_size
         self._processors = dict(processors)
         self._timer = timer
+        self._argmax = argmax
+        self._draw_rows = draw
         self._seconds: dict[str, float] = {}
         self._slots: dict[int, SlotSampling] = {}
         # Slots that need more than an argmax, kept up to date by `add` and `remove`, so that a step asks once per
@@ -126,7 +138,7 @@ class Sampler:
         if self._edited:
             edit_logits(logits, [(row, self._slots[slots[row]]) for row in _rows_in(self._edited, slots)], histories)
         self._apply_processors(logits, slots, histories, errors)
-        token_ids, peaks = _argmax(logits)
+        token_ids, peaks = self._argmax(logits)
         if not np.isfinite(peaks).all():
             for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
                 errors.setdefault(row, _NOTHING_LEFT if peaks[row] == -math.inf else _NOT_A_NUMBER)
@@ -192,19 +204,15 @@ class Sampler:
     ) -> None:
         """Draw the tokens of `rows` into `token_ids`."""
         states = [self._slots[slots[row]] for row in rows]
-        numbers = torch.from_numpy(
-            uniform(
-                [state.seed for state in states],
-                [state.sample_index for state in states],
-                [len(histories[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
-            )
-        ).to(logits.device)
-        for group in truncate(take_rows(logits, rows), [state.shape for state in states]):
-            drawn, valid = draw(group, numbers[group.rows])
-            for index, token, ok in zip(group.rows, drawn.tolist(), valid.tolist(), strict=True):
-                token_ids[rows[index]] = token
-                if not ok:
-                    errors[rows[index]] = _NOT_A_NUMBER
+        numbers = uniform(
+            [state.seed for state in states],
+            [state.sample_index for state in states],
+            [len(histories[row]) - state.num_prompt_tokens for row, state in zip(rows, states, strict=True)],
+        )
+        drawn = self._draw_rows(logits, rows, [state.shape for state in states], numbers)
+        token_ids[rows] = drawn
+        for index in np.flatnonzero(drawn < 0).tolist():
+            errors[rows[index]] = _NOT_A_NUMBER
 
     def _logprobs(
         self, raw: torch.Tensor, rows: Sequence[int], slots: Sequence[int], chosen: Sequence[int]
@@ -218,16 +226,6 @@ class Sampler:
 def _rows_in(chosen: set[int] | dict[int, str], slots: Sequence[int]) -> list[int]:
     """Rows whose slot is one of `chosen`."""
     return [row for row, slot in enumerate(slots) if slot in chosen] if chosen else []
-
-
-def _argmax(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Most likely token of each row (the first of equal ones) and its logit; NaN counts as the largest."""
-    if logits.device.type == "cpu":
-        values = logits.numpy()  # shares memory; numpy's argmax is vectorised, 5 to 10 times torch's on CPU
-        best = values.argmax(axis=1)
-        return best, values[np.arange(len(best)), best]
-    peaks, indices = logits.max(dim=1)
-    return indices.cpu().numpy(), peaks.cpu().numpy()
 
 
 def _report(name: str, action: str, error: Exception) -> str:

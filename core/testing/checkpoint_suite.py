@@ -32,6 +32,7 @@ import torch
 from interlace.errors import CheckpointError
 from interlace.interfaces.checkpoint import Checkpoint
 from interlace.interfaces.model import Model
+from interlace.interfaces.weights import BlockWeight
 from interlace.model_config import ModelConfig
 from interlace.testing.conformance import Conformance, find_offer, find_provider, skip
 from interlace.testing.model_harness import ModelHarness
@@ -61,7 +62,7 @@ class Reading(NamedTuple):
     config: dict[str, Any]
     tokens: list[int]
     weights: list[tuple[str, str, tuple[int, ...], int]]
-    """(name, dtype, shape, checksum) in file order."""
+    """(name, dtype or block format, shape, checksum) in file order."""
     num_weights: int | None
 
 
@@ -133,8 +134,10 @@ class CheckpointConformance(Conformance):
         opened = self._open(self.write(tmp_path))
         names = []
         for name, tensor in opened.weights():
-            assert isinstance(name, str) and isinstance(tensor, torch.Tensor), f"{name!r} comes with {type(tensor)}"
-            assert tensor.device.type == "cpu", f"{name} is on {tensor.device}; workers move it"
+            kinds = (torch.Tensor, BlockWeight)
+            assert isinstance(name, str) and isinstance(tensor, kinds), f"{name!r} comes with {type(tensor)}"
+            device = tensor.data.device
+            assert device.type == "cpu", f"{name} is on {device}; workers move it"
             names.append(name)
         assert len(set(names)) == len(names), "a tensor comes twice"
         count = opened.num_weights()
@@ -258,9 +261,7 @@ class CheckpointConformance(Conformance):
         tokenizer.decode(tokens)
         opened.config()
         count = opened.num_weights()
-        weights = [
-            (name, str(tensor.dtype), tuple(tensor.shape), _checksum(tensor)) for name, tensor in opened.weights()
-        ]
+        weights = [(name, _format(tensor), tuple(tensor.shape), _checksum(tensor)) for name, tensor in opened.weights()]
         return Reading(config, tokens, weights, count)
 
     def _config(self, opened: Checkpoint) -> ModelConfig:
@@ -281,7 +282,12 @@ def _place(size: int, rng: random.Random) -> int:
     return int(size * (rng.random() ** 4 if rng.random() < 0.5 else rng.random()))
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def _format(weight: torch.Tensor | BlockWeight) -> str:
+    return weight.format if isinstance(weight, BlockWeight) else str(weight.dtype)
+
+
+def _checksum(weight: torch.Tensor | BlockWeight) -> int:
+    tensor = weight.dequantize() if isinstance(weight, BlockWeight) else weight
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 

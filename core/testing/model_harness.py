@@ -20,6 +20,7 @@ import torch
 from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache, Model, Parallel
+from interlace.interfaces.weights import BlockWeight, decode_all
 from interlace.kv.specs import group_layers
 from interlace.model_config import ModelConfig
 from interlace.testing.paging import Pager
@@ -35,7 +36,7 @@ class ModelHarness:
         self,
         model: type[Model],
         config: ModelConfig,
-        weights: Iterable[tuple[str, torch.Tensor]],
+        weights: Iterable[tuple[str, torch.Tensor | BlockWeight]],
         *,
         attention: type[AttentionBackend] = ReferenceAttention,
         kernels: type[Kernels] = Kernels,
@@ -60,7 +61,7 @@ class ModelHarness:
         )
         with torch.inference_mode():
             self.model = model(config, build)
-            self.model.load_weights(weights)
+            self.model.load_weights(weights if model.takes_blocks else decode_all(weights))
         specs = model.attention_specs(config, parallel.size)
         self.groups = group_layers([spec.kv_key for spec in specs])
         self._backends, self._layers = [], dict[int, LayerCache]()

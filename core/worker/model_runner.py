@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from interlace.interfaces.kernels import StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
 from interlace.messages import StepPlan, StepResult, TokenLogprobs
 from interlace.sampling.sampler import Sampler
@@ -30,13 +31,16 @@ class ModelRunner:
         batch: PersistentBatch,
         sampler: Sampler,
         now: Callable[[], float],
+        program: StepProgram | None = None,
     ) -> None:
+        """`program`: the model's step as one call, where the kernels could make one; else it runs op by op."""
         self._model = model
         self._layers = layers
         self._backends = {layer.group: layer.backend for layer in layers}
         self._batch = batch
         self._sampler = sampler
         self._now = now
+        self._program = program
         self._prompt_logprobs: set[int] = set()  # slots that asked
 
     @torch.inference_mode()
@@ -47,11 +51,12 @@ class ModelRunner:
         if not plan.slots:
             return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
         batch = self._batch.build(plan)
-        hidden = self.forward(batch)
+        rows = [row for row, wanted in enumerate(plan.sample) if wanted]
+        hidden, logits = self.forward(batch, [batch.query_start[row + 1] - 1 for row in rows])
         prompt_logprobs = self._compute_prompt_logprobs(plan, batch, hidden) if self._prompt_logprobs else {}
         self._batch.advance(plan)
         errors: dict[int, str] = {}
-        counts, token_ids, logprobs = self.sample(plan, batch, hidden, errors)
+        counts, token_ids, logprobs = self.sample(plan, rows, logits, errors)
         return StepResult(
             step_id=plan.step_id,
             counts=counts,
@@ -77,25 +82,27 @@ class ModelRunner:
                 self._prompt_logprobs.add(admission.slot)
         self._batch.append_blocks(plan)
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [tokens, hidden] of the flattened batch."""
+    def forward(self, batch: ForwardBatch, outputs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`."""
+        if self._program is not None:
+            return self._program.run(batch, outputs)
         metadata: list[Any] = [self._backends[group].prepare(batch, group) for group in range(len(batch.block_tables))]
-        return self._model.forward(batch.token_ids, batch.positions, ForwardContext(self._layers, metadata)).hidden
+        hidden = self._model.forward(batch.token_ids, batch.positions, ForwardContext(self._layers, metadata)).hidden
+        if not outputs:  # prefill chunks that are not their prompts' last
+            return hidden, hidden.new_empty(0)
+        if len(outputs) == batch.num_tokens:  # a pure decode step needs no gather
+            return hidden, self._model.logits(hidden)
+        return hidden, self._model.logits(hidden[torch.tensor(outputs, dtype=torch.int64, device=hidden.device)])
 
     def sample(
-        self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor, errors: dict[int, str]
+        self, plan: StepPlan, rows: list[int], logits: torch.Tensor, errors: dict[int, str]
     ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
-        """Sample after the last token of each row that asks for it; fills `errors` for rows that cannot be.
+        """Sample for `rows` of the plan, given their logits [rows, vocab]; fills `errors` for rows that cannot be.
 
-        Returns (tokens per row, token ids, logprobs by row)."""
+        Returns (tokens per row of the plan, token ids, logprobs by row)."""
         counts = [0] * len(plan.slots)
-        rows = [row for row, wanted in enumerate(plan.sample) if wanted]
         if not rows:
             return counts, [], {}
-        last = [batch.query_start[row + 1] - 1 for row in rows]
-        if len(last) != batch.num_tokens:  # a pure decode step needs no gather
-            hidden = hidden[torch.tensor(last, device=hidden.device)]
-        logits = self._model.logits(hidden)  # [rows, vocab]
         slots = [plan.slots[row] for row in rows]
         sampled = self._sampler.sample(logits, slots, self._batch.histories(slots))
         token_ids, logprobs = [], {}

@@ -13,6 +13,7 @@ import torch
 
 from interlace.errors import CapacityError, PluginError
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
+from interlace.interfaces.checkpoint import Checkpoint
 from interlace.interfaces.executor import Selection
 from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, Model, Parallel
@@ -96,14 +97,23 @@ def _attention_refusal(target: type[AttentionBackend], layer: AttentionSpec, spe
 
 
 class ResolvedKernels(Kernels):
-    """Each op bound to the provider that won it; the reference of the base class where none did."""
+    """Each op bound to the provider that won it; the reference of the base class where none did.
+
+    Step programs are asked of the provider of linears: it sees for itself whether all else can be part of one."""
 
     def __init__(self, spec: KernelSpec, ops: dict[str, Any]) -> None:
         super().__init__(Kernels.Options(), spec)
         self.__dict__.update(ops)
+        if "make_linear" in ops:
+            self.__dict__["compile_step"] = ops["make_linear"].__self__.compile_step
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether blocks stay blocks: a provider computes with them, and they are not to be decoded."""
+        return self.spec.keeps_blocks and "make_block_linear" in self.__dict__
 
 
-def plan_kernels(spec: ResolvedSpec) -> tuple[Kernels, tuple[Selection, ...]]:
+def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, ...]]:
     """Resolve every op: the first candidate that has its own and supports it, else the reference."""
     kernel_spec = KernelSpec(spec.dtype, spec.device, spec.weights, spec.deterministic)
     providers = []
@@ -197,7 +207,7 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
     model_class = spec.architecture.load()
     attention = plan_attention(spec, model_class)
     kernels, kernel_selections = plan_kernels(spec)
-    weights = weight_bytes(model_class, spec, kernels)
+    weights, how = plan_weights(model_class, spec, kernels, spec.open_checkpoint())
     free = free_memory(spec.device)
     kv = size_cache(spec, attention, max(0, free - weights))
     return MemoryPlan(
@@ -205,13 +215,26 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
         kv_bytes=kv.num_blocks * kv.bytes_per_block,
         free_bytes=free,
         kv=kv,
-        selections=attention.selections + kernel_selections,
+        selections=(*attention.selections, *kernel_selections, how),
     )
 
 
-def weight_bytes(model_class: type[Model], spec: ResolvedSpec, kernels: Kernels) -> int:
-    """Size of the weights in the type they are kept in, from a model without storage."""
-    kept: torch.dtype = getattr(torch, kernels.spec.weight_dtype)
+def plan_weights(
+    model_class: type[Model], spec: ResolvedSpec, kernels: ResolvedKernels, checkpoint: Checkpoint
+) -> tuple[int, Selection]:
+    """(bytes of the weights as they are kept, how that is), from the checkpoint's table and a model without storage."""
     context = build_context(spec, kernels, "meta")
     with spec.architecture.blamed():
-        return model_class(spec.model_config, context).num_parameters * kept.itemsize
+        num_parameters = model_class(spec.model_config, context).num_parameters
+    stored = checkpoint.stored() or {}
+    blocks = {name: part for name, part in stored.items() if part.in_blocks}
+    itemsize = 1 if spec.weights == "int8" else getattr(torch, kernels.spec.weight_dtype).itemsize
+    name = "int8" if spec.weights == "int8" else kernels.spec.weight_dtype
+    if not (blocks and kernels.keeps_blocks and model_class.takes_blocks):
+        size = num_parameters * itemsize
+        origin = f", decoded from {', '.join(sorted(blocks))}" if blocks else ""
+        return size, Selection("weights", name, f"{format_bytes(size)}{origin}")
+    kept = {part_name: part.nbytes for part_name, part in blocks.items()}
+    kept[name] = max(0, num_parameters - sum(part.values for part in blocks.values())) * itemsize
+    parts = ", ".join(f"{part_name} {format_bytes(size)}" for part_name, size in kept.items() if size)
+    return sum(kept.values()), Selection("weights", "as shipped", parts)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from interlace.clock import Clock, MonotonicClock
 from interlace.interfaces.checkpoint import Checkpoint
-from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
+from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo, Selection
 from interlace.interfaces.model import LayerCache, Model
+from interlace.interfaces.weights import BlockWeight, decode_all
 from interlace.kv.specs import KVCacheConfig
 from interlace.messages import StepPlan, StepResult
 from interlace.sampling.sampler import Sampler
@@ -19,7 +19,7 @@ from interlace.spec import ResolvedSpec
 from interlace.worker.memory import free_memory
 from interlace.worker.model_runner import ModelRunner
 from interlace.worker.persistent_batch import PersistentBatch
-from interlace.worker.sizing import AttentionPlan, build_context, plan_attention, plan_kernels, size_cache, weight_bytes
+from interlace.worker.sizing import AttentionPlan, build_context, plan_attention, plan_kernels, plan_weights, size_cache
 
 OnEvent = Callable[[ExecutorEvent], None]
 
@@ -45,24 +45,32 @@ class Worker:
         attention = plan_attention(spec, model_class)
         kernels, kernel_selections = plan_kernels(spec)
         # Sized before loading, so that an impossible cache is an error in a second and not after the weights.
-        needed = weight_bytes(model_class, spec, kernels)
+        checkpoint = spec.open_checkpoint()
+        needed, how_kept = plan_weights(model_class, spec, kernels, checkpoint)
         kv = size_cache(spec, attention, max(0, free_memory(spec.device) - needed))
         imported = now()
         context = build_context(spec, kernels, spec.device)
         with spec.architecture.blamed():
             model = model_class(spec.model_config, context)
-        checkpoint_class = spec.checkpoint.load()
-        checkpoint: Checkpoint = checkpoint_class(spec.checkpoint.load_options(checkpoint_class), Path(spec.model_path))
-        model.load_weights(self._with_progress(checkpoint))
+        weights = self._with_progress(checkpoint)
+        model.load_weights(weights if model_class.takes_blocks else decode_all(weights))
         loaded = now()
         layers = self._allocate(kv, attention)
         device = torch.device(spec.device)
         batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
-        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now)
-        self._runner = ModelRunner(model, layers, batch, sampler, now)
+        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now, kernels.argmax, kernels.draw)
+        program = kernels.compile_step(model, layers, spec.limits.max_num_batched_tokens, spec.limits.max_num_seqs)
+        if isinstance(program, str):
+            step = Selection("step", "op by op", program)
+            self._runner = ModelRunner(model, layers, batch, sampler, now)
+        else:
+            step = Selection("step", "program", program.describe())
+            self._runner = ModelRunner(model, layers, batch, sampler, now, program)
+            # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
+            torch.set_num_threads(1)
         return ExecutorInfo(
             kv=kv,
-            selections=attention.selections + kernel_selections,
+            selections=(*attention.selections, *kernel_selections, how_kept, step),
             timings={"import": imported - began, "weights": loaded - imported, "cache": now() - loaded},
         )
 
@@ -89,7 +97,7 @@ class Worker:
                 layers[layer] = LayerCache(backend, caches[index], number)
         return [layers[layer] for layer in sorted(layers)]
 
-    def _with_progress(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    def _with_progress(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor | BlockWeight]]:
         total = checkpoint.num_weights()
         for done, pair in enumerate(checkpoint.weights(), start=1):
             yield pair

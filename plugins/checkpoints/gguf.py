@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -9,26 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace.errors import CheckpointError
-from interlace.interfaces.checkpoint import Checkpoint
+from interlace.interfaces.checkpoint import Checkpoint, Stored
+from interlace.plugins.checkpoints.gguf_blocks import FORMATS, decode
 from interlace.plugins.checkpoints.gguf_config import IGNORED_TENSORS, Family, family_of, hf_name, read_config
 from interlace.plugins.checkpoints.gguf_reader import MAGIC, GgufFile, TensorInfo
 from interlace.plugins.checkpoints.gguf_tokenizer import read_eos_token_ids, read_tokenizer
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
+    from interlace.interfaces.weights import BlockWeight
     from interlace.tokenizer import Tokenizer
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MOST_RESIDENT = 64 << 20
+"""Bytes of a file that have been read and stay in memory, at most, while its tensors are loaded."""
 
 
 class GgufCheckpoint(Checkpoint):
     """A `.gguf` file, or the first of a model's shards (`NAME-00001-of-00003.gguf`).
 
-    Tensors are dequantised by the `gguf` library, one at a time, and arrive as Hugging Face has them: float32 where
-    the file is quantised, else in the file's own type."""
+    Tensors arrive in the order of rows that Hugging Face has: quantised matrices in their blocks, as views of the
+    mapped file, all others in the file's own type."""
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -46,10 +50,13 @@ class GgufCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self._first)
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | BlockWeight]]:
+        import torch
+
         config, family = self.config(), family_of(self._first)
         heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if family.permuted else {}
         for shard in self._shards:
+            unforgotten = 0
             for name, info in shard.tensors.items():
                 if name in IGNORED_TENSORS:
                     continue
@@ -59,10 +66,25 @@ class GgufCheckpoint(Checkpoint):
                         f"{shard.path}: tensor '{name}' has no place in {family.architecture}; "
                         "the file is of a variant that is not supported"
                     )
-                rows = shard.raw(info)  # [rows, bytes]
+                rows = torch.from_numpy(shard.raw(info))  # [rows, bytes]
                 if num_heads := heads.get(name.split(".")[-2]):
                     rows = _undo_permutation(rows, num_heads, f"{shard.path}: tensor '{name}'")
-                yield target, _to_tensor(rows, info, family)
+                yield target, _to_weight(rows, info, family)
+                unforgotten += info.nbytes
+                if unforgotten > _MOST_RESIDENT:
+                    shard.forget()
+                    unforgotten = 0
+            shard.forget()
+
+    def stored(self) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        for shard in self._shards:
+            for name, info in shard.tensors.items():
+                if name not in IGNORED_TENSORS:
+                    kind = info.type_name
+                    values, nbytes, _ = found.get(kind, Stored(0, 0))
+                    found[kind] = Stored(values + math.prod(info.shape), nbytes + info.nbytes, kind in FORMATS)
+        return found
 
     def num_weights(self) -> int:
         return sum(name not in IGNORED_TENSORS for shard in self._shards for name in shard.tensors)
@@ -87,31 +109,33 @@ class GgufCheckpoint(Checkpoint):
         return [first if path == self.path else GgufFile(path) for path in paths]
 
 
-def _undo_permutation(rows: NDArray[np.uint8], num_heads: int, where: str) -> NDArray[np.uint8]:
+def _undo_permutation(rows: torch.Tensor, num_heads: int, where: str) -> torch.Tensor:
     """Back to the order of halves: the converter interleaved the two halves of each head's rows (for a rope over
     neighbouring values). Rows stay whole, so this works on packed blocks."""
     if len(rows) == 1:  # a bias: one value per row of the projection
         raise CheckpointError(f"{where}: biases of permuted projections cannot be read; use the safetensors files")
     if len(rows) % (2 * num_heads):
         raise CheckpointError(f"{where}: {len(rows)} rows do not divide into {num_heads} heads")
-    return rows.reshape(num_heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.view(num_heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
-def _to_tensor(rows: NDArray[np.uint8], info: TensorInfo, family: Family) -> torch.Tensor:
-    """[rows, bytes] -> a tensor of the tensor's shape."""
-    import numpy as np
+def _to_weight(rows: torch.Tensor, info: TensorInfo, family: Family) -> torch.Tensor | BlockWeight:
+    """[rows, bytes] -> a weight of the tensor's shape."""
     import torch
 
-    if info.type_name in ("F32", "F16", "BF16"):
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[info.type_name]
-        tensor = torch.from_numpy(rows.copy()).view(dtype).reshape(info.shape)
-    else:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+    from interlace.interfaces.weights import BlockWeight
 
-        with np.errstate(all="ignore"):  # a corrupt scale may be infinite; that is no reason to warn
-            values = dequantize(rows, GGMLQuantizationType[info.type_name])
-        tensor = torch.from_numpy(values).reshape(info.shape)
+    if info.type_name in FORMATS:
+        blocks = BlockWeight(
+            info.type_name, (rows.shape[0], info.shape[-1]), rows, functools.partial(decode, info.type_name)
+        )
+        if len(info.shape) == 2:
+            return blocks
+        tensor = blocks.dequantize().reshape(info.shape)
+    else:
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[info.type_name]
+        aligned = rows if rows.data_ptr() % dtype.itemsize == 0 else rows.clone()
+        tensor = aligned.view(dtype).reshape(info.shape)
     if family.norm_offset and info.name.endswith("norm.weight"):
         tensor = tensor - family.norm_offset
     return tensor

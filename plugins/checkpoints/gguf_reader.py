@@ -67,17 +67,23 @@ class GgufFile:
         self._position = 0
         try:
             with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # A private copy on write, as torch wants what it makes tensors of; nothing writes.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         self._parse()
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The bytes of a tensor as [rows, bytes per row], still in the file; read-only."""
+        """The bytes of a tensor as [rows, bytes per row], still in the file: not to be written to."""
         import numpy as np
 
         rows = math.prod(info.shape[:-1])
         return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset).reshape(rows, -1)
+
+    def forget(self) -> None:
+        """Let go of the memory that holds what was read; what is read again comes from the file once more."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
     def _parse(self) -> None:
         if self._take(4) != MAGIC:

@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from interlace.interfaces.kernels import Kernels, KernelSpec
+from interlace.interfaces.kernels import Kernels, KernelSpec, StepProgram
+from interlace.interfaces.model import LayerCache, Model
 from interlace.plugins.native import library as native
 from interlace.plugins.native.library import Library, NativeUnavailableError
-from interlace.plugins.native.tape import Tape
+from interlace.plugins.native.program import NativeProgram
+from interlace.plugins.native.tape import NotRecordableError, Tape
 
 
 class NativeKernels(Kernels):
@@ -45,6 +47,14 @@ class NativeKernels(Kernels):
 
     def describe(self, op: str) -> str:
         return f"C++ {self._tape.library.isa}"
+
+    def compile_step(
+        self, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int
+    ) -> StepProgram | str:
+        try:
+            return NativeProgram(self._tape, model, layers, max_tokens, max_outputs)
+        except NotRecordableError as error:
+            return str(error)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, size = gate_up.shape[0], gate_up.shape[-1] // 2

@@ -12,7 +12,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,12 @@ _VIEWS = frozenset(
     {"view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze", "expand", "alias",
      "as_strided", "permute", "transpose", "t", "detach", "unbind", "chunk", "_reshape_alias", "narrow", "unflatten"}
 )  # fmt: skip
+
+
+class Recording(NamedTuple):
+    """Stands for an attention backend's metadata while a model is recorded: a step will state the rest."""
+
+    group: int
 
 
 class NotRecordableError(Exception):

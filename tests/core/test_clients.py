@@ -313,6 +313,15 @@ def test_shutdown_ends_the_child_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_temporary_directory_with_a_long_name_is_no_obstacle(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with Front("subprocess") as front:
+        assert front.client.control("echo", word="hello") == {"word": "hello"}
+        assert list(long.iterdir()) == []
+
+
 def test_starting_and_stopping_leaks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -373,15 +382,17 @@ def test_a_child_ends_with_its_parent(how, tmp_path):
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not alive(pid)
+        assert list(tmp_path.iterdir()) == [], "the child cleared away what its parent could not"
     finally:
         parent.kill()
         parent.wait()
         parent.stdout.close()
 
 
-def test_a_child_ignores_the_ctrl_c_of_the_terminal():
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_child_leaves_the_signals_of_its_group_to_the_front(how):
     with Front("subprocess", delay_s=0.01) as front:
         front.client.add([request(max_tokens=10)])
-        os.kill(front.client.pid, signal.SIGINT)
+        os.kill(front.client.pid, how)
         front.wait(lambda: front.finished)
         assert front.finished["a"].reason == "length"

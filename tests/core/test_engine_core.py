@@ -201,7 +201,7 @@ class TestPrefixHits:
         last = engine.core
         assert engine.records["b"].finish.num_preemptions > 1
         assert (engine.records["a"].cached_tokens, engine.records["b"].cached_tokens) == (0, 8)
-        assert (last._prefix_queries, last._prefix_hits) == (24, 8)
+        assert (last.prefix_queries, last.prefix_hits) == (24, 8)
 
     def test_they_are_in_the_stats_of_every_step(self):
         engine = harness()

@@ -166,7 +166,7 @@ def test_a_policy_that_takes_back_whatever_it_starts_is_replaced(max_in_flight):
             step.preempt(request)
 
     engine = harness(plan, max_in_flight=max_in_flight, prefix_caching=False)
-    engine.limits = engine.core._limits = SchedulerLimits(max_num_batched_tokens=4)
+    engine.limits = engine.core.limits = SchedulerLimits(max_num_batched_tokens=4)
     engine.add(range(20), id="a", max_tokens=3)  # never gets beyond its first chunk
     engine.run()
     assert engine.records["a"].reason == "length"

@@ -176,8 +176,9 @@ async def test_engine_death_reaches_every_iterator():
         assert all(isinstance(result.__cause__, ValueError) for result in results)
         with pytest.raises(EngineDeadError):
             await collect(llm, "abc")
-        with pytest.raises(EngineDeadError):
-            await llm.health()
+        health = await llm.health()
+        assert (health.status, health.last_cause) == ("dead", "ValueError: broken")
+        assert str(await llm.wait_dead()) == "the engine stopped: ValueError: broken"
 
 
 async def test_shutdown_ends_iterators_and_refuses_more():

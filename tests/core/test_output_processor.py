@@ -260,7 +260,10 @@ def test_death_reaches_every_request_with_the_cause(bench):
     bench.step({"running": "a", "done": "a"}, finished={"done": LENGTH})
     error = EngineDeadError("it stopped")
     error.__cause__ = MemoryError("too big")
-    assert bench.outputs.fail(error) == {bench.sink: [running]}
+    failed = bench.outputs.fail(error, 7.0)
+    assert failed.news == {bench.sink: [running]}
+    [summary] = failed.summaries
+    assert (summary.finish_reason, summary.error_code, summary.metrics.finished_time) == ("error", "engine_dead", 7.0)
     for attempt in (bench.outputs.take, bench.outputs.whole):
         with pytest.raises(EngineDeadError, match="it stopped") as caught:
             attempt(running)
@@ -281,3 +284,26 @@ def test_work_of_a_step_is_for_requests_with_news_only(bench, monkeypatch):
     )
     bench.step({"busy": "a"})
     assert closed == ["busy"]
+
+
+def test_a_summary_has_what_metrics_are_made_of(bench):
+    bench.add(n=2, max_tokens=9)
+    bench.step({}, first_scheduled={"r-0": 1.5, "r-1": 1.75})
+    bench.step({"r-0": "a", "r-1": "x"})
+    bench.step({"r-0": "bc"}, finished={"r-1": FinishInfo(reason="error", error="no", error_code="rejected")})
+    [summary] = bench.step({}, finished={"r-0": LENGTH}).summaries
+    assert (summary.finish_reason, summary.error_code) == ("error", "rejected")
+    assert (summary.finish_reasons, summary.sample_lengths) == (("length", "error"), (3, 1))
+    assert (summary.max_tokens, summary.priority, summary.num_output_tokens) == (9, 0, 4)
+    metrics = summary.metrics
+    assert (metrics.queue_time, metrics.prefill_time, metrics.decode_time) == (0.5, 1.5, 1.0)
+    assert (metrics.inference_time, metrics.e2e_latency) == (2.5, 4.0)
+    assert summary.time_per_output_token == 0.5
+
+
+def test_a_summary_of_a_request_that_never_ran_has_no_times(bench):
+    bench.add()
+    [summary] = bench.step({}, finished={"r": FinishInfo(reason="abort")}).summaries
+    metrics = summary.metrics
+    assert (metrics.queue_time, metrics.prefill_time, metrics.decode_time, metrics.inference_time) == (None,) * 4
+    assert (summary.time_per_output_token, summary.error_code) == (None, None)

@@ -27,7 +27,6 @@ from interlace.resolve import (
     DEFAULT_MAX_MODEL_LEN,
     check_portable,
     model_limit,
-    open_checkpoint,
     open_tokenizer,
     resolve,
     resolve_device,
@@ -67,7 +66,7 @@ def test_everything_is_settled(resolved, tmp_path):
     assert (spec.dtype, spec.device, spec.max_model_len, spec.seed) == ("float32", "cpu", 512, 3)
     assert (spec.cache.memory_bytes, spec.limits.watermark) == (2**20, 0.2)
     assert spec.scheduler.package == "interlace" and spec.scheduler.version
-    assert open_checkpoint(spec).config() == spec.model_config
+    assert spec.open_checkpoint().config() == spec.model_config
 
 
 def test_reasons_name_key_and_source(resolved):

@@ -74,7 +74,7 @@ class Add(LogitsProcessor):
 
 
 def forbid_everything_but_argmax(monkeypatch):
-    for name in ("truncate", "edit_logits", "select_logprobs", "uniform", "take_rows", "LogitsRow"):
+    for name in ("edit_logits", "select_logprobs", "uniform", "take_rows", "LogitsRow"):
         monkeypatch.setattr(sampler_module, name, None)
 
 

@@ -7,10 +7,11 @@ import pytest
 from interlace.config import load_settings
 from interlace.errors import CapacityError, PluginError
 from interlace.interfaces.attention import AttentionSpec
+from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.kv.specs import group_layers
 from interlace.plugin_manager import PluginManager
 from interlace.resolve import resolve
-from interlace.worker.sizing import MemoryPlan, plan_memory
+from interlace.worker.sizing import MemoryPlan, ResolvedKernels, plan_memory, plan_weights
 
 
 def plan(**settings: object) -> MemoryPlan:
@@ -19,7 +20,7 @@ def plan(**settings: object) -> MemoryPlan:
 
 
 def test_the_plan_adds_up() -> None:
-    found = plan(dtype="bfloat16", cache={"memory": "256MiB"}, max_model_len=1024)
+    found = plan(dtype="bfloat16", weights="bf16", cache={"memory": "256MiB"}, max_model_len=1024)
     # 134,515,008 parameters of two bytes; a block is 30 layers x keys and values x 32 tokens x 3 heads x 64 x 2 bytes.
     assert found.weights_bytes == 134_515_008 * 2
     assert found.kv.bytes_per_block == 30 * 2 * 32 * 3 * 64 * 2
@@ -32,6 +33,27 @@ def test_kept_weights_count_in_their_own_type() -> None:
     assert plan(dtype="bfloat16", weights="float32").weights_bytes == 134_515_008 * 4
 
 
+def test_blocks_that_are_kept_count_as_they_are_stored() -> None:
+    """SmolLM2's file: 106,168,320 values in Q4_1, 28,311,552 in Q8_0, the rest in float32."""
+
+    class KeepsBlocks(Kernels):
+        def make_block_linear(self, parts, bias=None):
+            raise NotImplementedError
+
+    loaded = load_settings(constructor={"dtype": "bfloat16"})
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    given = KernelSpec("bfloat16", "cpu")
+    kernels = ResolvedKernels(given, {"make_block_linear": KeepsBlocks(KeepsBlocks.Options(), given).make_block_linear})
+    size, how = plan_weights(spec.architecture.load(), spec, kernels, spec.open_checkpoint())
+    in_blocks = 106_168_320 // 32 * 20 + 28_311_552 // 32 * 34
+    assert size == in_blocks + 2 * (134_515_008 - 106_168_320 - 28_311_552)
+    assert how.name == "as shipped" and "Q4_1 63.3 MiB" in how.reason and "Q8_0 28.7 MiB" in how.reason
+
+    size, how = plan_weights(spec.architecture.load(), spec, ResolvedKernels(given, {}), spec.open_checkpoint())
+    assert size == 134_515_008 * 2
+    assert (how.name, how.reason) == ("bfloat16", "256.6 MiB, decoded from Q4_1, Q8_0")
+
+
 def test_no_more_blocks_than_could_ever_be_used() -> None:
     found = plan(max_model_len=64, scheduler={"max_num_seqs": 4}, cache={"memory": "256MiB"})
     assert found.num_blocks == 1 + 4 * 2
@@ -39,7 +61,7 @@ def test_no_more_blocks_than_could_ever_be_used() -> None:
 
 def test_every_choice_has_a_reason() -> None:
     found = plan()
-    assert {choice.kind for choice in found.selections} == {"attention", "kernels"}
+    assert {choice.kind for choice in found.selections} == {"attention", "kernels", "weights"}
     assert all(choice.reason for choice in found.selections)
 
 

@@ -22,7 +22,7 @@ from interlace.bench.sharegpt import conversations
 from interlace.catalog import resolve_model
 from interlace.config import load_settings
 from interlace.plugin_manager import PluginManager
-from interlace.resolve import open_checkpoint, resolve
+from interlace.resolve import resolve
 from interlace.testing.parity import load_transformers, transformers_greedy
 from interlace.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     arguments = parser.parse_args()
     loaded = load_settings(constructor={"model": arguments.model})
-    tokenizer = open_checkpoint(resolve(loaded, PluginManager(loaded.settings))).tokenizer()
+    tokenizer = resolve(loaded, PluginManager(loaded.settings)).open_checkpoint().tokenizer()
     path = resolve_model(arguments.model).path
     model = load_transformers(str(path))
     references = []

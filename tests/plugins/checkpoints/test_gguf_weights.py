@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from interlace.errors import CheckpointError
+from interlace.interfaces.weights import BlockWeight, decode_all, join_rows
 from interlace.plugins.checkpoints.gguf import GgufCheckpoint
+from interlace.plugins.checkpoints.gguf_blocks import FORMATS, decode
 from interlace.plugins.checkpoints.gguf_config import FAMILIES, hf_name
 
 
 def load(path):
     checkpoint = GgufCheckpoint(GgufCheckpoint.Options(), path)
-    weights = dict(checkpoint.weights())
+    weights = dict(decode_all(checkpoint.weights()))
     assert len(weights) == checkpoint.num_weights()
     return checkpoint, weights
 
@@ -60,13 +64,41 @@ def test_round_trip_of_each_type(tiny_gguf, tiny_weights, kind):
     assert checkpoint.config().dtype == str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_blocks_have_the_values_of_the_gguf_library(kind):
+    """Bit for bit, whatever the bytes: infinite scales, denormals, more rows than are decoded at a time."""
+    values, nbytes, _ = FORMATS[kind]
+    rows = np.random.default_rng(5).integers(0, 256, (700, 512 // values * nbytes), dtype=np.uint8)
+    rows[0] = 0
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    found = decode(kind, torch.from_numpy(rows)).numpy()
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(numbers, ~np.isnan(found)) and numbers.mean() > 0.5
+    assert np.array_equal(found.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
+    assert not found[0].any(), "padding with zero bytes must be padding with zeros"
+
+
+def test_blocks_are_cut_padded_and_joined():
+    rng = np.random.default_rng(6)
+    blocks = gguf.quants.quantize(rng.standard_normal((6, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    weight = BlockWeight("Q8_0", (6, 64), torch.from_numpy(blocks), functools.partial(decode, "Q8_0"))
+    whole = weight.dequantize()
+    assert torch.equal(weight[2:5].dequantize(), whole[2:5]) and weight[2:5].shape == (3, 64)
+    assert torch.equal(weight[[5, 0]].dequantize(), whole[[5, 0]])
+    assert torch.equal(weight[:, 16:40], whole[:, 16:40]), "blocks cannot be cut: columns come as values"
+    assert torch.equal(weight.pad(8).dequantize(), torch.cat((whole, torch.zeros(2, 64))))
+    assert torch.equal(weight.dequantize(torch.bfloat16), whole.bfloat16())
+    joined = join_rows([weight[:2], torch.ones(1, 64), weight[2:]], torch.bfloat16, "cpu")
+    assert torch.equal(joined, torch.cat((whole[:2], torch.ones(1, 64), whole[2:])).bfloat16())
+
+
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q8_0"])
 def test_blocks_mean_what_another_implementation_reads(tmp_path, kind):
     """The library cannot make k-quants, so random blocks are compared with transformers' own dequantiser."""
     from transformers.integrations.gguf.dequant import dequantize
 
-    from interlace.plugins.checkpoints.gguf import _to_tensor
-    from interlace.plugins.checkpoints.gguf_reader import BLOCKS, TensorInfo
+    from interlace.plugins.checkpoints.gguf_reader import BLOCKS
 
     number = next(number for number, entry in BLOCKS.items() if entry[0] == kind)
     _, block_values, block_bytes = BLOCKS[number]
@@ -75,8 +107,7 @@ def test_blocks_mean_what_another_implementation_reads(tmp_path, kind):
     scales = {"Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q4_1": [0, 2]}.get(kind, [0])
     for offset in scales:
         blocks[:, offset : offset + 2] = rng.uniform(0.01, 1, (len(blocks), 1)).astype(np.float16).view(np.uint8)
-    info = TensorInfo("blk.0.ffn_up.weight", (8, 512), kind, 0, blocks.size)
-    found = _to_tensor(blocks.reshape(8, -1), info, FAMILIES["llama"])
+    found = decode(kind, torch.from_numpy(blocks.reshape(8, -1)))
     expected = dequantize(torch.from_numpy(blocks), number).reshape(8, 512)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -106,7 +137,9 @@ def test_heads_that_do_not_divide_the_rows(tiny_gguf):
 def test_smollm2_has_the_weights_of_its_architecture(smollm2_path):
     checkpoint = GgufCheckpoint(GgufCheckpoint.Options(), smollm2_path)
     assert checkpoint.num_weights() == 272
-    name, embedding = next(iter(checkpoint.weights()))
+    name, blocks = next(iter(checkpoint.weights()))
+    assert isinstance(blocks, BlockWeight) and blocks.format == "Q8_0"
+    embedding = blocks.dequantize()
     assert name == "model.embed_tokens.weight" and embedding.shape == (49152, 576)
     assert embedding.dtype == torch.float32 and 0.01 < embedding.std() < 1
 
@@ -118,7 +151,7 @@ def compare_with_transformers(path):
         str(path.parent), gguf_file=path.name, dtype=torch.float32
     ).state_dict()
     count = 0
-    for name, tensor in GgufCheckpoint(GgufCheckpoint.Options(), path).weights():
+    for name, tensor in decode_all(GgufCheckpoint(GgufCheckpoint.Options(), path).weights()):
         torch.testing.assert_close(tensor, reference[name], rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
         count += 1
     assert set(reference) - {"lm_head.weight"} == {

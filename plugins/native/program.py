@@ -1,0 +1,54 @@
+"""A model's step as one native call: the recorded ops of forward, gather of the output rows, and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from interlace.interfaces.kernels import StepProgram
+from interlace.interfaces.model import ForwardContext, LayerCache, Model
+from interlace.plugins.native.library import COPY_ROWS, Op
+from interlace.plugins.native.step import StepBuffers
+from interlace.plugins.native.tape import NotRecordableError, Recording, Tape
+from interlace.worker.batch import ForwardBatch
+
+
+class NativeProgram(StepProgram):
+    """Ops recorded at the largest number of rows, replayed for every batch."""
+
+    def __init__(self, tape: Tape, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int) -> None:
+        """Record `model`. Raises `NotRecordableError`."""
+        for layer in layers:
+            if getattr(layer.backend, "library", None) is None:
+                raise NotRecordableError(
+                    f"attention runs on {type(layer.backend).__name__}, outside the native kernels"
+                )
+        if max_outputs == max_tokens:
+            max_outputs += 1  # rows of a recording must tell tokens from outputs
+        self._library = tape.library
+        self._model = model  # owns the weights that the ops point to
+        self._caches = [layer.cache for layer in layers]
+        self._steps = StepBuffers(max_tokens, max_outputs)
+        num_groups = 1 + max((layer.group for layer in layers), default=0)
+        token_ids = torch.zeros(max_tokens, dtype=torch.int64)
+        positions = torch.zeros(max_tokens, dtype=torch.int64)
+        context = ForwardContext(layers, [Recording(group) for group in range(num_groups)])
+        with tape.recording(max_tokens, max_outputs, [token_ids, positions]) as ops:
+            self._hidden = model.forward(token_ids, positions, context).hidden
+            chosen = tape.empty((max_outputs, *self._hidden.shape[1:]), self._hidden.dtype)
+            size, row = self._hidden.shape[1], self._hidden.stride(0)
+            addresses = (self._hidden.data_ptr(), chosen.data_ptr())
+            tape.emit(COPY_ROWS, chosen.dtype, max_outputs, (size, row, chosen.stride(0)), (), addresses)
+            self._logits = model.logits(chosen)
+        if self._logits.shape[0] != max_outputs or self._logits.dtype != torch.float32:
+            raise NotRecordableError("the model's logits are not one row of float32 per output")
+        self._ops = (Op * len(ops))(*ops)
+
+    def describe(self) -> str:
+        return f"{len(self._ops)} native ops in one call, {self._library.threads} thread(s), {self._library.isa}"
+
+    def run(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        step = self._steps.fill(batch, outputs)
+        self._library.run(self._ops, len(self._ops), step)
+        return self._hidden[: batch.num_tokens], self._logits[: len(outputs)]

@@ -1,0 +1,63 @@
+"""`interlace bench host`, `kernels`, `startup` and `prefill`: small runs of each, and what they refuse."""
+
+import json
+
+import pytest
+
+from interlace.cli import main
+
+
+def run(capsys, *arguments):
+    code = main(["bench", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_host_times_steps_and_admissions_without_a_model(capsys):
+    code, out, _ = run(capsys, "host", "--repeat", "1", "--json", "--scheduler.use", "priority")
+    report = json.loads(out)
+    assert code == 0
+    assert report["scheduler"] == "priority"
+    assert sorted({step["requests"] for step in report["steps"]}) == [1, 16, 64, 256]
+    assert all(step["microseconds"] > 0 for step in report["steps"])
+    assert [added["shared_tokens"] for added in report["added"]] == [0, 512]
+    # Half of each prompt is shared there: a thousand requests hash and take fewer new blocks.
+    assert all(added["add_ms"] > 0 and added["admit_ms"] > 0 for added in report["added"])
+
+
+def test_kernels_gives_each_op_against_the_peaks_of_the_same_run(capsys):
+    code, out, err = run(capsys, "kernels", "rms_norm", "--json", "--threads", "1")
+    report = json.loads(out)
+    assert code == 0 and "measured here: reads" in err
+    assert [(one["op"], one["rows"]) for one in report["results"]] == [("rms_norm", rows) for rows in (1, 8, 64, 256)]
+    for one in report["results"]:
+        moved = 2 * one["rows"] * 576 * 2
+        assert one["gb_s"] == pytest.approx(moved / one["microseconds"] / 1e3)
+        assert one["percent_of_limit"] == pytest.approx(100 * one["gb_s"] / report["peaks"]["read_gb_s"])
+
+
+def test_kernels_names_ops_when_none_matches(capsys):
+    code, out, err = run(capsys, "kernels", "convolution", "--threads", "1")
+    assert (code, out) == (2, "") and "no op's name starts with convolution" in err
+
+
+def test_repeating_less_than_once_is_refused(capsys):
+    code, _, err = run(capsys, "host", "--repeat", "0")
+    assert code == 2 and "--repeat must be at least 1" in err
+
+
+@pytest.mark.slow
+def test_startup_counts_from_the_start_of_the_process(capsys):
+    code, out, _ = run(capsys, "startup", "--repeat", "1", "--json", "--cache.memory", "64MiB")
+    [one] = json.loads(out)["runs"]
+    assert code == 0
+    assert one["parts"]["total"] < one["first_token"]
+    assert one["cpu"] > 0 and {"import", "weights"} <= set(one["parts"])
+
+
+@pytest.mark.slow
+def test_prefill_gives_one_token_for_each_prompt(capsys):
+    flags = ("--num-prompts", "2", "--input-len", "64", "--repeat", "1", "--cache.memory", "64MiB")
+    code, out, _ = run(capsys, "prefill", *flags, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["benchmark"] == "prefill"
+    assert (report["workload"]["prompt_tokens"], report["workload"]["output_tokens"]) == (128, 2)
