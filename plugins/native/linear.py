@@ -13,6 +13,7 @@ from interlace.plugins.native import library as native
 from interlace.plugins.native.tape import Tape
 
 if TYPE_CHECKING:
+    from interlace.interfaces.kernels import KernelSpec
     from interlace.interfaces.weights import BlockWeight
 
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -34,6 +35,26 @@ BLOCKS = {
 """GGUF's block formats that products run in without decoding -> il_format."""
 
 
+WAYS = ("auto", "as-shipped", *sorted(KEPT))
+"""Values of `KernelSpec.weights` that are served."""
+
+
+def kept_as(spec: KernelSpec, shipped: torch.dtype) -> str:
+    """The key of `KEPT` for a plain weight. As shipped: bfloat16 stays, and what bfloat16 does not hold is float32."""
+    if spec.weights == "auto":
+        return "bf16" if spec.dtype == "bfloat16" else "float32"
+    if spec.weights == "as-shipped":
+        return "bf16" if shipped == torch.bfloat16 else "float32"
+    return spec.weights
+
+
+def block_linear(tape: Tape, spec: KernelSpec, parts: Sequence[BlockWeight], bias: torch.Tensor | None) -> NativeLinear:
+    """A weight in blocks. Formats that no kernel has are decoded into the type of compute; the rest stay blocks."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    rows = [part if part.format in BLOCKS else part.dequantize(dtype) for part in parts]
+    return NativeLinear(tape, rows, "bf16" if dtype == torch.bfloat16 else "float32", bias)
+
+
 class _Part(ctypes.Structure):
     """il_part."""
 
@@ -51,8 +72,8 @@ class NativeLinear:
     def __init__(
         self, tape: Tape, parts: Sequence[torch.Tensor | BlockWeight], keep: str, bias: torch.Tensor | None = None
     ) -> None:
-        """`parts`: rows of the weight, one after the other; tensors [rows, in] float and weights in blocks of a format of
-        `BLOCKS`. `keep`: a key of `KEPT`, for the tensors. None of them is kept or changed."""
+        """`parts`: rows of the weight, one after the other; floating tensors [rows, in] and weights in blocks of a
+        format of `BLOCKS`. `keep`: a key of `KEPT`, for the tensors. None of them is kept or changed."""
         self._tape = tape
         self.in_size = parts[0].shape[1]
         self.out_size = sum(part.shape[0] for part in parts)
@@ -87,7 +108,7 @@ class NativeLinear:
         return int(self._tape.library.functions.il_linear_bytes(self.handle))
 
     def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
-        """x [tokens, in] in float32 or bfloat16, any row stride -> [tokens, out] in the type of x, or float32 if `wide`."""
+        """x [tokens, in] in float32 or bfloat16 -> [tokens, out] in the type of x, or in float32 if `wide`."""
         if x.stride(1) != 1 and x.numel() > 1:
             x = x.contiguous()
         rows = x.shape[0]
@@ -108,5 +129,5 @@ def _format(part: Any) -> int:
 
 
 def _bias(bias: torch.Tensor, keep: str) -> torch.Tensor:
-    """float32, rounded as the weights are."""
+    """In float32, rounded as the weights are."""
     return bias.to(torch.bfloat16).float().contiguous() if keep == "bf16" else bias.float().contiguous()
