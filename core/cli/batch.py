@@ -77,7 +77,7 @@ async def _answer_all(
     from interlace.clock import MonotonicClock
     from interlace.engine.async_llm import AsyncLLM
 
-    async with AsyncLLM.from_loaded(loaded) as llm:
+    async with AsyncLLM.from_loaded(loaded, supervised=True) as llm:
         print_startup(llm.front)
         showing = asyncio.create_task(show_progress(progress, MonotonicClock()))
         try:

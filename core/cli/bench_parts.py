@@ -1,4 +1,4 @@
-"""`interlace bench host`, `bench kernels` and `bench startup`: parts of an engine, each measured alone."""
+"""`interlace bench host`, `kernels`, `step` and `startup`: parts of an engine, each measured alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_parts(benchmarks: Any) -> None:
-    """Declare the three."""
+    """Declare them."""
     host = benchmarks.add_parser(
         "host",
         help="the engine's own cost per step",
@@ -29,6 +29,14 @@ def add_parts(benchmarks: Any) -> None:
         "against memory bandwidth and matrix products measured in the same run.",
     )
     kernels.add_argument("ops", nargs="*", metavar="OP", help="only ops whose name starts so (linear, attention, …)")
+    step = benchmarks.add_parser(
+        "step",
+        help="where the time of a decode step goes",
+        description="Run decode steps of equal requests on a worker alone and print what each part and op takes.",
+    )
+    step.add_argument("--batch-size", type=int, default=64, metavar="N", help="requests (64)")
+    step.add_argument("--context", type=int, default=256, metavar="N", help="tokens of each before (256)")
+    step.add_argument("--steps", type=int, default=20, metavar="N", help="steps; medians are reported (20)")
     startup = benchmarks.add_parser(
         "startup",
         help="from process start to the first token",
@@ -38,7 +46,7 @@ def add_parts(benchmarks: Any) -> None:
     )
     startup.add_argument("--packages", type=int, metavar="N", help="generated packages")
     _add_repeat(startup, "counted runs (5)")
-    for parser in (host, kernels, startup):
+    for parser in (host, kernels, step, startup):
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the one that was asked for."""
     if getattr(args, "repeat", 1) < 1:
         raise UsageError("--repeat must be at least 1")
-    return {"host": _host, "kernels": _kernels, "startup": _startup}[args.benchmark](args, loaded)
+    return {"host": _host, "kernels": _kernels, "step": _step, "startup": _startup}[args.benchmark](args, loaded)
 
 
 def _print_json(report: Any) -> None:
@@ -139,6 +147,28 @@ def _print_ops(results: list[OpResult]) -> None:
             for one in results
         ),
     )
+
+
+def _step(args: argparse.Namespace, loaded: LoadedSettings) -> int:
+    from interlace.plugin_manager import PluginManager
+    from interlace.resolve import resolve
+
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    if min(args.batch_size, args.context, args.steps) < 1 or args.batch_size > spec.limits.max_num_seqs:
+        raise UsageError(f"--batch-size must be 1 to {spec.limits.max_num_seqs}; --context and --steps at least 1")
+
+    from interlace.bench.step import profile_step
+
+    profile = profile_step(spec, args.batch_size, args.context, args.steps)
+    if args.json:
+        _print_json(profile)
+        return 0
+    from interlace.cli.tables import print_table
+
+    print(f"{profile.requests} requests at {profile.context} tokens: {profile.total / 1000:.2f} ms a step\n")
+    rows = [[name, f"{value:.0f}", f"{100 * value / profile.total:.1f}"] for name, value in profile.parts.items()]
+    print_table(("part", "µs", "% of the step"), rows)
+    return 0
 
 
 def _startup(args: argparse.Namespace, loaded: LoadedSettings) -> int:

@@ -86,7 +86,11 @@ class CommandClient(EngineClient):
 
     def _call(self, operation: str, arguments: dict[str, Any], timeout: float | None) -> Any:
         call_id, future = self._calls.open()
-        self._post(Control(call_id, operation, arguments))
+        try:
+            self._post(Control(call_id, operation, arguments))
+        except EngineDeadError:
+            self._calls.resolve(call_id, None, None)  # nobody will
+            raise
         if self._dead is not None:  # it may have died between the check and the post
             self._calls.fail_all(self._dead)
         try:

@@ -88,6 +88,10 @@ class StepProgram(ABC):
         `outputs`: places in the token dimension whose logits are wanted. Both results are buffers of the program that
         the next `run` overwrites; the caller may write into the logits."""
 
+    def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
+        """Run the step op by op; seconds by kind of op. Empty, and nothing run, if the program cannot tell."""
+        return {}
+
 
 class Kernels:
     """Fused ops. Methods may be called from one thread per instance and must not keep their arguments."""
@@ -230,8 +234,8 @@ class Kernels:
 
         `shapes[i]` says how row `rows[i]` is cut (see `interlace.sampling.distribution`); the token is the first,
         in order of id, whose cumulative probability exceeds `uniforms[i]`; -1 where a row is no distribution (NaN,
-        +inf, nothing left). A row's token must not depend on the other rows. Providers may round differently from each other,
-        so a seed gives the same tokens with the same provider only."""
+        +inf, nothing left). A row's token must not depend on the other rows. Providers may round differently, so a seed
+        gives the same tokens with the same provider only."""
         from interlace.sampling.distribution import draw_rows
 
         return draw_rows(logits, rows, shapes, uniforms)

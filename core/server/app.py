@@ -5,10 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI, Request
 
 from interlace import __version__
-from interlace.server import errors, health, models, tokenization
+from interlace.server import errors, health, live, models, tokenization, tracing
 from interlace.server.answers import ChatChunk, ChatCompletion, Completion
 from interlace.server.chat import ChatService
 from interlace.server.completions import CompletionService
+from interlace.server.metrics import routes as metrics
 from interlace.server.requests import ChatRequest, CompletionRequest
 from interlace.server.routing import describe_schemas, respond, returns, takes
 from interlace.server.state import ServerState
@@ -28,6 +29,11 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(generation_router(state))
     for family in (models, tokenization, health):
         app.include_router(family.router(state))
+    if settings.metrics:
+        metrics.install(app, state)
+    if settings.page:
+        live.install(app, state)
+    tracing.install(app, state)
     errors.install(app)
     describe_schemas(app)
     return app

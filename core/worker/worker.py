@@ -80,6 +80,12 @@ class Worker:
             raise RuntimeError("the worker was not started, or was shut down")
         return self._runner.execute(plan)
 
+    def profile(self, plan: StepPlan) -> dict[str, float]:
+        """Run one step in parts; see `ModelRunner.profile`."""
+        if self._runner is None:
+            raise RuntimeError("the worker was not started, or was shut down")
+        return self._runner.profile(plan)
+
     def shutdown(self) -> None:
         """Drop model and cache."""
         self._runner = None

@@ -33,6 +33,22 @@ TOKENS, OUTPUTS = -1, -2
     BLOCK_EMBEDDING,
 ) = range(12)
 
+OP_NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "silu_mul",
+    "gelu_mul",
+    "embedding",
+    "linear",
+    "attention",
+    "argmax",
+    "copy_rows",
+    "scale",
+    "block_embedding",
+)
+"""By code."""
+
 
 class Op(ctypes.Structure):
     """il_op."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
 
 from interlace.interfaces.kernels import StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
-from interlace.plugins.native.library import COPY_ROWS, Op
+from interlace.plugins.native.library import COPY_ROWS, OP_NAMES, Op
 from interlace.plugins.native.step import StepBuffers
 from interlace.plugins.native.tape import NotRecordableError, Recording, Tape
 from interlace.worker.batch import ForwardBatch
@@ -36,6 +37,7 @@ class NativeProgram(StepProgram):
         context = ForwardContext(layers, [Recording(group) for group in range(num_groups)])
         with tape.recording(max_tokens, max_outputs, [token_ids, positions]) as ops:
             self._hidden = model.forward(token_ids, positions, context).hidden
+            self._head = len(ops)  # from here on, ops work on the output rows
             chosen = tape.empty((max_outputs, *self._hidden.shape[1:]), self._hidden.dtype)
             size, row = self._hidden.shape[1], self._hidden.stride(0)
             addresses = (self._hidden.data_ptr(), chosen.data_ptr())
@@ -44,6 +46,7 @@ class NativeProgram(StepProgram):
         if self._logits.shape[0] != max_outputs or self._logits.dtype != torch.float32:
             raise NotRecordableError("the model's logits are not one row of float32 per output")
         self._ops = (Op * len(ops))(*ops)
+        self._one = (Op * 1)()
 
     def describe(self) -> str:
         return f"{len(self._ops)} native ops in one call, {self._library.threads} thread(s), {self._library.isa}"
@@ -52,3 +55,15 @@ class NativeProgram(StepProgram):
         step = self._steps.fill(batch, outputs)
         self._library.run(self._ops, len(self._ops), step)
         return self._hidden[: batch.num_tokens], self._logits[: len(outputs)]
+
+    def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
+        step = self._steps.fill(batch, outputs)
+        seconds: dict[str, float] = {}
+        for number, op in enumerate(self._ops):
+            self._one[0] = op
+            began = time.perf_counter()
+            self._library.run(self._one, 1, step)
+            took = time.perf_counter() - began
+            name = "head" if number >= self._head else OP_NAMES[op.code]
+            seconds[name] = seconds.get(name, 0.0) + took
+        return seconds

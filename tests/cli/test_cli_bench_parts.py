@@ -61,3 +61,18 @@ def test_prefill_gives_one_token_for_each_prompt(capsys):
     report = json.loads(out)
     assert code == 0 and report["benchmark"] == "prefill"
     assert (report["workload"]["prompt_tokens"], report["workload"]["output_tokens"]) == (128, 2)
+
+
+@pytest.mark.slow
+def test_step_names_the_parts_of_a_step(capsys):
+    flags = ("--batch-size", "2", "--context", "40", "--steps", "2", "--cache.memory", "64MiB", "--threads", "1")
+    code, out, _ = run(capsys, "step", *flags, "--json")
+    profile = json.loads(out)
+    assert code == 0
+    assert {"batch", "model", "sampling"} <= set(profile["parts"])
+    assert all(value >= 0 for value in profile["parts"].values())
+
+
+def test_step_refuses_more_requests_than_may_run(capsys):
+    code, _, err = run(capsys, "step", "--batch-size", "300")
+    assert code == 2 and "--batch-size must be 1 to 256" in err

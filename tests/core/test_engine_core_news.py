@@ -42,7 +42,7 @@ class TestFailures:
         engine.executor.row_error = lambda plan, row: "no mask left" if plan.slots[row] in slot else None
         engine.step()
         slot.append(engine.state("b").slot)
-        engine.step()
+        assert engine.step().stats.num_failed_requests == 1
         record = engine.records["b"]
         assert (record.error_code, record.finish.error, len(record.tokens)) == ("step_failed", "no mask left", 1)
         slot.clear()
@@ -192,6 +192,7 @@ class TestNews:
         assert (stats.num_sampled_tokens, stats.num_preemptions) == (2, 0)
         assert stats.kv_usage == pytest.approx(0.3)
         assert stats.duration == 0.001
+        assert (stats.num_blocked, stats.num_failed_requests) == (1, 0)
 
     def test_a_policy_hears_arrivals_updates_and_ends(self):
         policy = Listens()

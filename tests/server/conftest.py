@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +17,7 @@ from interlace.engine.async_llm import AsyncLLM
 from interlace.server.app import create_app
 from interlace.server.auth import read_keys
 from interlace.server.http import make_server, wrap
+from interlace.server.metrics.http import CountRequests
 from interlace.server.state import ServerState
 
 MODEL = "smollm2"
@@ -49,7 +50,10 @@ def run_server(llm: AsyncLLM | None = None, **settings: Any) -> Iterator[Running
         await engine.start()
         options = loaded.settings.server
         state = ServerState(engine, options, (MODEL, "alias/of-it"), created=1_700_000_000)
-        _, app = wrap(create_app(state), options, read_keys(loaded), 256, MonotonicClock())
+        routes = create_app(state)
+        _, app = wrap(routes, options, read_keys(loaded), 256, MonotonicClock())
+        if options.metrics:
+            app = CountRequests(app, routes.state.http_totals)
         http = make_server(app, options, None)
         listener = socket.create_server(("127.0.0.1", 0))
         started.extend((engine, asyncio.get_running_loop(), http, listener.getsockname()[1]))
@@ -80,6 +84,12 @@ def run_server(llm: AsyncLLM | None = None, **settings: Any) -> Iterator[Running
         thread.join()
     if failures:
         raise failures[0]
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """`with serving(server={…}) as running` serves with settings of one's own, beside those of `SMALL`."""
+    return lambda **settings: run_server(**(SMALL | settings))
 
 
 @pytest.fixture(scope="session")

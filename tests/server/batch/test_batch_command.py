@@ -13,7 +13,8 @@ import pytest
 
 from interlace.cli import main
 
-ENGINE = ("--threads", "1", "--scheduler.max_num_seqs", "8")
+# Another batch rounds otherwise; in float32 that decides no token.
+ENGINE = ("--threads", "1", "--scheduler.max_num_seqs", "8", "--dtype", "float32")
 
 
 def request(custom_id, prompt="Count: one, two,", url="/v1/completions", **body):
@@ -137,33 +138,33 @@ def mixed_requests(count):
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_what_one_run_gives(smollm2_path, files, tmp_path):
     source, output = files
-    write(source, *mixed_requests(70), "not a request")
+    write(source, *mixed_requests(40), "not a request")
     draw = random.Random(1)
     kills = 0
-    for share in (0, 0.1, 0.3, 0.3, 0.6, 0.8):  # of the lines that are answered when it is killed, at least
+    for share in (0, 0.1, 0.3, 0.7):  # of the lines that are answered when it is killed, at least
         process = subprocess.Popen(command(source, output), stderr=subprocess.PIPE)
-        while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < share * 71):
+        while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < share * 41):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
-    assert kills >= 4
-    assert output.read_bytes().count(b"\n") < 71, "the kills came too late to show anything"
+    assert kills == 4
+    assert output.read_bytes().count(b"\n") < 41, "the kills came too late to show anything"
     last = subprocess.run(command(source, output), capture_output=True, text=True, timeout=300)
     assert last.returncode == 1 and "lines are answered already" in last.stderr
     whole = tmp_path / "whole.jsonl"
     assert subprocess.run(command(source, whole), capture_output=True, timeout=300).returncode == 1
     found, expected = answers(output), answers(whole)
-    assert found.keys() == expected.keys() and len(found) == 71
+    assert found.keys() == expected.keys() and len(found) == 41
     assert found.pop(None) == expected.pop(None)
-    differing = [name for name in found if told(found[name]) != told(expected[name])]
-    assert differing == []
+    assert {name: told(found[name]) for name in found} == {name: told(expected[name]) for name in expected}
 
 
 def told(record):
-    """A record without the time it was made."""
-    return record["response"]["body"] | {"created": 0, "usage": record["response"]["body"]["usage"] | {"cached": 0}}
+    """What an answer says. When it was made and what was cached by then differ between runs."""
+    body = record["response"]["body"]
+    return body["id"], body["choices"], body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]
 
 
 @pytest.mark.slow

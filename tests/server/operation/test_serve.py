@@ -21,9 +21,7 @@ ENDLESS = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 7000, "i
 def run_to_the_end(settings, timeout=60):
     """For servers that must not start: (exit code, stderr)."""
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, "serve", *flags], capture_output=True, text=True, timeout=timeout
-    )
+    done = subprocess.run([sys.executable, "-c", RUN, "serve", *flags], capture_output=True, text=True, timeout=timeout)
     return done.returncode, done.stderr
 
 

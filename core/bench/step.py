@@ -1,0 +1,107 @@
+"""Where the time of a decode step goes: the worker's parts, and the model's ops."""
+
+from __future__ import annotations
+
+import statistics
+
+import msgspec
+
+from interlace.clock import MonotonicClock
+from interlace.interfaces.executor import ExecutorInfo
+from interlace.messages import Admission, BlockDelta, SamplingParams, StepPlan
+from interlace.spec import ResolvedSpec
+from interlace.worker.worker import Worker
+
+WARM_UP = 3
+
+
+class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of `interlace bench step`: medians over the steps, in microseconds."""
+
+    requests: int
+    context: int
+    steps: int
+    parts: dict[str, float]
+    """`batch`, `model` and `sampling` make up the step; `model: …` are the model's ops, run one by one."""
+
+    @property
+    def total(self) -> float:
+        return sum(value for name, value in self.parts.items() if not name.startswith("model:"))
+
+
+class StepDriver:
+    """A started worker and the plans of equal requests that decode in step. No engine: each step is all that runs."""
+
+    def __init__(self, spec: ResolvedSpec, requests: int, context: int, steps: int) -> None:
+        """Prefill `requests` prompts of `context` tokens, with room for `steps` more each."""
+        self._worker = Worker(spec, lambda event: None, MonotonicClock())
+        self.info: ExecutorInfo = self._worker.start()
+        self._requests = requests
+        self._number = 0
+        self._prefill(spec, context, steps)
+
+    def _prefill(self, spec: ResolvedSpec, context: int, steps: int) -> None:
+        kv, vocab = self.info.kv, spec.model_config.vocab_size
+        per_request = -(-(context + steps + WARM_UP + 1) // kv.block_size)
+        free = iter(range(1, kv.num_blocks))
+        for slot in range(self._requests):
+            admission = Admission(
+                slot=slot,
+                generation=1,
+                token_ids=[(7 * slot + 13 * place) % vocab for place in range(context)],
+                num_prompt_tokens=context,
+                num_cached_tokens=0,
+                params=SamplingParams(max_tokens=steps + WARM_UP + 1, temperature=0.0),
+                seed=slot,
+                sample_index=0,
+                stop_token_ids=(),
+            )
+            blocks = [BlockDelta([slot], [per_request], [next(free) for _ in range(per_request)]) for _ in kv.groups]
+            done = 0
+            while done < context:  # in chunks as a step's budget cuts them
+                part = min(context - done, spec.limits.max_num_batched_tokens)
+                first = done == 0
+                plan = StepPlan(
+                    step_id=self._next_id(),
+                    slots=[slot],
+                    num_tokens=[part],
+                    sample=[done + part == context],
+                    blocks=blocks if first else [BlockDelta([], [], []) for _ in kv.groups],
+                    admitted=[admission] if first else [],
+                )
+                self._worker.execute(plan)
+                done += part
+
+    def _next_id(self) -> int:
+        self._number += 1
+        return self._number
+
+    def decode_plan(self) -> StepPlan:
+        """The next token of every request."""
+        return StepPlan(
+            step_id=self._next_id(),
+            slots=list(range(self._requests)),
+            num_tokens=[1] * self._requests,
+            sample=[True] * self._requests,
+            blocks=[BlockDelta([], [], []) for _ in self.info.kv.groups],
+        )
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by part of one decode step."""
+        return self._worker.profile(self.decode_plan())
+
+    def close(self) -> None:
+        self._worker.shutdown()
+
+
+def profile_step(spec: ResolvedSpec, requests: int, context: int, steps: int) -> StepProfile:
+    """Medians over `steps` decode steps of `requests` requests, the first of them at `context` tokens each."""
+    driver = StepDriver(spec, requests, context, steps)
+    try:
+        for _ in range(WARM_UP):
+            driver.profile()
+        profiles = [driver.profile() for _ in range(steps)]
+    finally:
+        driver.close()
+    parts = {name: 1e6 * statistics.median(one[name] for one in profiles) for name in profiles[0]}
+    return StepProfile(requests=requests, context=context, steps=steps, parts=parts)
