@@ -30,7 +30,7 @@ class NativeKernels(Kernels):
             default="auto", description="Instruction set to use; `auto`: the best this CPU has."
         )
 
-    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul", "make_linear", "make_block_linear"})
+    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul", "make_linear", "make_block_linear", "make_head"})
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
         super().__init__(options, spec)
@@ -46,7 +46,7 @@ class NativeKernels(Kernels):
             native.supported_isas()
         except NativeUnavailableError as error:
             return str(error)
-        if op in ("make_linear", "make_block_linear") and spec.weights not in WAYS:
+        if op in ("make_linear", "make_block_linear", "make_head") and spec.weights not in WAYS:
             return f"keeps linear weights as {', '.join(WAYS)}, not as '{spec.weights}'"
         return None
 
@@ -89,3 +89,10 @@ class NativeKernels(Kernels):
         self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         return block_linear(self._tape, self.spec, parts, bias)
+
+    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
+        if isinstance(weight, torch.Tensor):
+            run = NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype))
+        else:
+            run = block_linear(self._tape, self.spec, weight, None)
+        return lambda hidden: run(hidden, wide=True)
