@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -9,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from interlace.interfaces.kernels import Kernels, KernelSpec, StepProgram
 from interlace.interfaces.model import LayerCache, Model
+from interlace.interfaces.weights import BlockWeight
 from interlace.plugins.native import library as native
 from interlace.plugins.native.library import Library, NativeUnavailableError
+from interlace.plugins.native.linear import WAYS, NativeLinear, block_linear, kept_as
 from interlace.plugins.native.program import NativeProgram
 from interlace.plugins.native.tape import NotRecordableError, Tape
 
@@ -27,7 +30,7 @@ class NativeKernels(Kernels):
             default="auto", description="Instruction set to use; `auto`: the best this CPU has."
         )
 
-    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul"})
+    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul", "make_linear", "make_block_linear", "make_head"})
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
         super().__init__(options, spec)
@@ -43,9 +46,15 @@ class NativeKernels(Kernels):
             native.supported_isas()
         except NativeUnavailableError as error:
             return str(error)
+        if op in ("make_linear", "make_block_linear", "make_head") and spec.weights not in WAYS:
+            return f"keeps linear weights as {', '.join(WAYS)}, not as '{spec.weights}'"
         return None
 
     def describe(self, op: str) -> str:
+        if op == "make_linear":
+            return f"C++ {self._tape.library.isa}, weights packed, {self.spec.weights}"
+        if op == "make_block_linear":
+            return f"C++ {self._tape.library.isa}, blocks of the file, activations in 8 bits"
         return f"C++ {self._tape.library.isa}"
 
     def compile_step(
@@ -68,3 +77,22 @@ class NativeKernels(Kernels):
             (self._tape.address(gate_up), self._tape.address(out)),
         )
         return out
+
+    # ── Linear layers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype), bias)
+
+    def make_block_linear(
+        self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return block_linear(self._tape, self.spec, parts, bias)
+
+    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
+        if isinstance(weight, torch.Tensor):
+            run = NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype))
+        else:
+            run = block_linear(self._tape, self.spec, weight, None)
+        return lambda hidden: run(hidden, wide=True)
