@@ -310,6 +310,20 @@ def test_told_to_stop_while_starting(start, tiny):
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
+def test_an_engine_that_is_dead_for_good_ends_the_server(start, tiny):
+    server = start(tiny | {"engine.max_restarts": 0})
+    stream = Stream(server)
+    server.wait_running(1)
+    [engine] = server.engines
+    engine.kill()
+    assert server.wait() == 1
+    stream.join()
+    assert '"error"' in stream.text
+    assert "signal 9" in server.log
+    assert "is not started again; the server ends" in server.log
+
+
 # ── ways in and out ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
