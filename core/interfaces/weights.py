@@ -39,7 +39,7 @@ class BlockWeight(msgspec.Struct, frozen=True):
         tensor, since blocks cannot be cut."""
         rows, *columns = where if isinstance(where, tuple) else (where,)
         part = self._with(self.data[rows])
-        if not columns or range(self.shape[1])[columns[0]] == range(self.shape[1]):
+        if not columns or columns[0].indices(self.shape[1]) == (0, self.shape[1], 1):
             return part
         return part.dequantize()[:, columns[0]]
 
