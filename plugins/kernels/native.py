@@ -15,6 +15,7 @@ from interlace.interfaces.model import LayerCache, Model
 from interlace.interfaces.weights import BlockWeight
 from interlace.plugins.native import library as native
 from interlace.plugins.native.library import Library, NativeUnavailableError
+from interlace.plugins.native.linear import BLOCKS, WAYS, NativeLinear, block_linear, kept_as
 from interlace.plugins.native.program import NativeProgram
 from interlace.plugins.native.tape import NotRecordableError, Tape
 
@@ -40,7 +41,10 @@ class NativeKernels(Kernels):
             "gelu_mul",
             "scale",
             "embedding",
+            "make_linear",
+            "make_block_linear",
             "make_block_embedding",
+            "make_head",
             "argmax",
         }
     )
@@ -59,9 +63,15 @@ class NativeKernels(Kernels):
             native.supported_isas()
         except NativeUnavailableError as error:
             return str(error)
+        if op in ("make_linear", "make_block_linear", "make_head") and spec.weights not in WAYS:
+            return f"keeps linear weights as {', '.join(WAYS)}, not as '{spec.weights}'"
         return None
 
     def describe(self, op: str) -> str:
+        if op == "make_linear":
+            return f"C++ {self._tape.library.isa}, weights packed, {self.spec.weights}"
+        if op == "make_block_linear":
+            return f"C++ {self._tape.library.isa}, blocks of the file, activations in 8 bits"
         return f"C++ {self._tape.library.isa}"
 
     def compile_step(
@@ -138,7 +148,7 @@ class NativeKernels(Kernels):
         return out
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-        form = native.BLOCK_FORMATS.get(weight.format)
+        form = BLOCKS.get(weight.format)
         if form is None:
             return super().make_block_embedding(weight)
         dtype: torch.dtype = getattr(torch, self.spec.dtype)
@@ -159,6 +169,25 @@ class NativeKernels(Kernels):
         best, peaks = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
         self._emit(native.ARGMAX, logits, (logits.shape[1], logits.stride(0)), (), (logits, best, peaks))
         return best.numpy(), peaks.numpy()
+
+    # ── Linear layers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype), bias)
+
+    def make_block_linear(
+        self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return block_linear(self._tape, self.spec, parts, bias)
+
+    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
+        if isinstance(weight, torch.Tensor):
+            run = NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype))
+        else:
+            run = block_linear(self._tape, self.spec, weight, None)
+        return lambda hidden: run(hidden, wide=True)
 
     def _emit(
         self,

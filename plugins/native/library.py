@@ -33,11 +33,6 @@ TOKENS, OUTPUTS = -1, -2
     BLOCK_EMBEDDING,
 ) = range(12)
 
-BLOCK_FORMATS = {
-    "Q4_0": 10, "Q4_1": 11, "Q5_0": 12, "Q5_1": 13, "Q8_0": 14, "Q4_K": 20, "Q5_K": 21, "Q6_K": 22,
-}  # fmt: skip
-"""GGUF's name of a block format → il_format."""
-
 OP_NAMES = (
     "rms_norm",
     "add_rms_norm",

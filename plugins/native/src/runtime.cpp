@@ -102,6 +102,8 @@ struct il_runtime {
   const il_op *ops = nullptr;
   int64_t count = 0;
   const il_step *step = nullptr;
+  TeamBody body = nullptr;  // instead of ops
+  void *context = nullptr;
   // Grows with each program; helpers wait on it. Bit 0 is not special: any change means work, or the end.
   std::atomic<uint32_t> ticket{0};
   std::atomic<int32_t> sleepers{0};
@@ -113,8 +115,16 @@ struct il_runtime {
   void work(int32_t id) {
     FlushDenormals flush;
     Thread thread{&team, id, scratch[id].get(), shared.get()};
-    for (int64_t at = 0; at < count; ++at) {
-      isa->ops[ops[at].code](ops[at], *step, thread);
+    if (body != nullptr) {
+      body(context, thread);
+      team.barrier();
+      return;
+    }
+    // Past the last barrier the caller may already be setting up its next program, so nothing of this one is read there.
+    const il_op *const program = ops;
+    const int64_t length = count;
+    for (int64_t at = 0; at < length; ++at) {
+      isa->ops[program[at].code](program[at], *step, thread);
       team.barrier();
     }
   }
@@ -137,6 +147,12 @@ struct il_runtime {
     sleepers.fetch_add(1);
     while (ticket.load() == seen) futex_wait(&ticket, seen);
     sleepers.fetch_sub(1);
+  }
+
+  void run() {
+    team.claimed.store(0, std::memory_order_relaxed);
+    if (threads > 1) announce();
+    work(0);
   }
 
   void announce() {
@@ -214,14 +230,21 @@ int64_t il_run(il_runtime *runtime, const il_op *ops, int64_t count, const il_st
   runtime->ops = ops;
   runtime->count = count;
   runtime->step = step;
-  runtime->team.claimed.store(0, std::memory_order_relaxed);
-  if (runtime->threads > 1) runtime->announce();
-  runtime->work(0);
+  runtime->run();
   return 0;
 }
+}
 
-il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num_parts, int64_t in, int32_t keep,
-                          const float *bias, char *error, int64_t error_size) {
-  return runtime->isa->pack(parts, num_parts, in, keep, bias, error, error_size);
+namespace interlace {
+
+const Isa &isa_of(const il_runtime *runtime) { return *runtime->isa; }
+
+void run_on_team(il_runtime *runtime, TeamBody body, void *context) {
+  std::lock_guard<std::mutex> guard(runtime->running);
+  runtime->body = body;
+  runtime->context = context;
+  runtime->run();
+  runtime->body = nullptr;
 }
-}
+
+}  // namespace interlace

@@ -52,9 +52,15 @@ struct Isa {
   const char *name;
   bool (*supported)();
   OpFunction ops[IL_NUM_CODES];
-  il_linear *(*pack)(const il_part *, int64_t, int64_t, int32_t, const float *, char *, int64_t);
+  int32_t float_strips;  // of a panel of plain weights (linear_weight.h)
 };
 
 extern const Isa isa_avx512, isa_avx2, isa_portable;
+
+const Isa &isa_of(const il_runtime *runtime);
+
+// Run something that is not an op on all threads of the team.
+using TeamBody = void (*)(void *context, Thread &thread);
+void run_on_team(il_runtime *runtime, TeamBody body, void *context);
 
 }  // namespace interlace

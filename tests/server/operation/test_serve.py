@@ -62,7 +62,8 @@ class Stream:
 
 
 def send_request(raw, body):
-    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    raw.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def refused_for_size(raw):
 def test_a_slow_reader_is_waited_for_alone(start, tiny):
     server = start(tiny)
     with server.connect(receive_buffer=4096) as raw:
-        send_request(raw, json.dumps(ENDLESS | {"max_tokens": 4000, "logprobs": 5}).encode())
+        send_request(raw, json.dumps(ENDLESS | {"max_tokens": 1000, "logprobs": 5}).encode())
         server.wait_running(1)
         memory = server.memory
         server.wait_running(0)  # the engine is done although nothing was read
@@ -231,7 +232,7 @@ def test_a_slow_reader_is_waited_for_alone(start, tiny):
             assert piece, "the stream ended early"
             received += piece
     tokens = sum(len(json.loads(data)["choices"][0]["logprobs"]["tokens"]) for data in events(received))
-    assert tokens == 4000  # fewer, larger pieces, and nothing lost
+    assert tokens == 1000  # fewer, larger pieces, and nothing lost
 
 
 def events(received):
@@ -247,7 +248,7 @@ def events(received):
 @pytest.mark.slow
 def test_sigterm_lets_those_under_way_finish(start, tiny):
     server = start(tiny | {"server.drain_timeout_s": 120})
-    body = ENDLESS | {"max_tokens": 1500}
+    body = ENDLESS | {"max_tokens": 300}
     streams = [Stream(server, body) for _ in range(4)]
     server.wait_running(4)
     with server.client() as client:
@@ -307,6 +308,20 @@ def test_told_to_stop_while_starting(start, tiny):
     server.signal(signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
     assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_dead_for_good_ends_the_server(start, tiny):
+    server = start(tiny | {"engine.max_restarts": 0})
+    stream = Stream(server)
+    server.wait_running(1)
+    [engine] = server.engines
+    engine.kill()
+    assert server.wait() == 1
+    stream.join()
+    assert '"error"' in stream.text
+    assert "signal 9" in server.log
+    assert "is not started again; the server ends" in server.log
 
 
 # ── ways in and out ─────────────────────────────────────────────────────────────────────────────────────────────

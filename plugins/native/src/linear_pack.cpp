@@ -1,0 +1,268 @@
+// Plans the panels of a weight and fills them, on all threads. Compiled once: the layout does not depend on the
+// instruction set, only the number of strips of a panel does.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "linear_weight.h"
+#include "runtime.h"
+#include "weight_memory.h"
+
+namespace interlace {
+namespace {
+
+constexpr int64_t MAX_IN = 1 << 20;  // so that some rows of activations fit the team's shared memory
+constexpr int64_t PREFETCH_SLACK = 64;
+
+struct PackedLinear : il_linear {
+  std::vector<Panel> all_panels;
+  std::vector<float> all_bias;
+  std::vector<std::shared_ptr<uint8_t>> memory;
+  int64_t bytes = 0;
+};
+
+struct PanelBytes {
+  int64_t values, scales, supers;
+  int64_t total() const { return (values + 63) / 64 * 64 + (scales + 63) / 64 * 64 + supers; }
+};
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+PanelBytes panel_bytes(int32_t format, int64_t strips, int64_t in) {
+  const int64_t rows = strips * STRIP;
+  if (format == IL_FMT_F32) return {in * rows * 4, 0, 0};
+  if (format == IL_FMT_BF16) return {round_up(in, 2) * rows * 2, 0, 0};
+  const BlockFormat &blocks = *find_block_format(format);
+  const int64_t count = round_up(in, BLOCK) / BLOCK;
+  const int64_t scales = format == IL_FMT_INT8 ? rows * 4 : count * rows * blocks.scale_bytes;
+  return {count * rows * blocks.words * 4, scales, round_up(count, 8) / 8 * rows * blocks.super_bytes};
+}
+
+// ── floating values ─────────────────────────────────────────────────────────────────────────────────────────────
+
+float half_to_float(uint16_t half) {
+  const float magnitude = (half & 0x7c00) == 0 ? (half & 0x3ff) * 0x1p-24f : [half] {
+    const uint32_t exponent = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : ((half & 0x7c00u) << 13) + (112u << 23);
+    const uint32_t bits = exponent | ((half & 0x3ffu) << 13);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }();
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+uint16_t round_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <int32_t FORMAT>
+float value_at(const uint8_t *row, int64_t k) {
+  if (FORMAT == IL_FMT_F32) {
+    float value;
+    std::memcpy(&value, row + 4 * k, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, row + 2 * k, 2);
+  if (FORMAT == IL_FMT_F16) return half_to_float(half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <int32_t FORMAT>
+uint16_t bf16_at(const uint8_t *row, int64_t k) {
+  if (FORMAT != IL_FMT_BF16) return round_to_bf16(value_at<FORMAT>(row, k));
+  uint16_t half;
+  std::memcpy(&half, row + 2 * k, 2);
+  return half;
+}
+
+template <int32_t FORMAT>
+void pack_bf16(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  const int64_t width = panel.strips * STRIP;
+  for (int64_t first = 0; first < in; first += 64)  // a piece of every row stays in the cache
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      const uint8_t *from = rows + row * row_bytes;
+      uint16_t *to = reinterpret_cast<uint16_t *>(panel.values) + 2 * row;
+      const int64_t end = std::min(in, first + 64);
+      int64_t k = first;
+      for (; k + 1 < end; k += 2) {
+        const uint32_t pair = bf16_at<FORMAT>(from, k) | static_cast<uint32_t>(bf16_at<FORMAT>(from, k + 1)) << 16;
+        std::memcpy(to + k * width, &pair, 4);
+      }
+      if (k < end) to[k * width] = bf16_at<FORMAT>(from, k);  // an odd last input; its partner is zero
+    }
+}
+
+template <int32_t FORMAT>
+void pack_f32(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  const int64_t width = panel.strips * STRIP;
+  for (int64_t first = 0; first < in; first += 64)
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      float *to = reinterpret_cast<float *>(panel.values) + row;
+      for (int64_t k = first; k < std::min(in, first + 64); ++k)
+        to[k * width] = value_at<FORMAT>(rows + row * row_bytes, k);
+    }
+}
+
+// Symmetric, 127 steps each way, per row.
+template <int32_t FORMAT>
+void pack_int8(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  std::memset(panel.values, 0x80, panel_bytes(IL_FMT_INT8, panel.strips, in).values);  // zeros
+  for (int64_t row = 0; row < panel.rows; ++row) {
+    const uint8_t *from = rows + row * row_bytes;
+    float largest = 0;
+    for (int64_t k = 0; k < in; ++k) largest = std::max(largest, std::fabs(value_at<FORMAT>(from, k)));
+    const float scale = largest / 127.0f;
+    const float inverse = scale > std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
+    reinterpret_cast<float *>(panel.scales)[row] = scale;
+    for (int64_t k = 0; k < in; k += 4) {
+      const int64_t strip = k / BLOCK * panel.strips + row / STRIP;
+      uint8_t *to = panel.values + ((strip * 8 + k % BLOCK / 4) * STRIP + row % STRIP) * 4;
+      for (int64_t at = 0; at < std::min<int64_t>(4, in - k); ++at) {
+        const float rounded = value_at<FORMAT>(from, k + at) * inverse + (ROUND + 128.0f);
+        uint32_t bits;
+        std::memcpy(&bits, &rounded, 4);
+        to[at] = static_cast<uint8_t>(bits & 0xff);
+      }
+    }
+  }
+}
+
+template <int32_t FORMAT>
+void pack_floats(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  if (panel.format == IL_FMT_F32) return pack_f32<FORMAT>(panel, rows, row_bytes, in);
+  if (panel.format == IL_FMT_BF16) return pack_bf16<FORMAT>(panel, rows, row_bytes, in);
+  pack_int8<FORMAT>(panel, rows, row_bytes, in);
+}
+
+void pack_panel(const Panel &panel, const il_part &part, int64_t first, int64_t in) {
+  const uint8_t *rows = static_cast<const uint8_t *>(part.data) + first * part.row_bytes;
+  if (part.format == IL_FMT_F32) return pack_floats<IL_FMT_F32>(panel, rows, part.row_bytes, in);
+  if (part.format == IL_FMT_F16) return pack_floats<IL_FMT_F16>(panel, rows, part.row_bytes, in);
+  if (part.format == IL_FMT_BF16) return pack_floats<IL_FMT_BF16>(panel, rows, part.row_bytes, in);
+  pack_blocks(panel, *find_block_format(part.format), rows, part.row_bytes, in / BLOCK);
+}
+
+// ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+bool is_float(int32_t format) { return format == IL_FMT_F32 || format == IL_FMT_F16 || format == IL_FMT_BF16; }
+
+// What keeps the parts from being packed, written to `error`; false if nothing does.
+bool refuse(const il_part *parts, int64_t num_parts, int64_t in, int32_t keep, char *error, int64_t size) {
+  if (in < 1 || in > MAX_IN) {
+    std::snprintf(error, size, "%lld inputs; 1 to %lld are possible", (long long)in, (long long)MAX_IN);
+    return true;
+  }
+  for (int64_t at = 0; at < num_parts; ++at) {
+    const int32_t format = parts[at].format;
+    const BlockFormat *blocks = find_block_format(format);
+    if (is_float(format) && keep != IL_FMT_F32 && keep != IL_FMT_BF16 && keep != IL_FMT_INT8)
+      std::snprintf(error, size, "floating weights cannot be kept in format %d", keep);
+    else if (!is_float(format) && (blocks == nullptr || format == IL_FMT_INT8))
+      std::snprintf(error, size, "format %d is not known", format);
+    else if (blocks != nullptr && in % blocks->block != 0)
+      std::snprintf(error, size, "%lld inputs are no multiple of a block of %d", (long long)in, blocks->block);
+    else
+      continue;
+    return true;
+  }
+  return false;
+}
+
+struct Source {
+  const il_part *part;
+  int64_t first;  // of the panel's rows in the part
+};
+
+struct Job {
+  const PackedLinear *linear;
+  const std::vector<Source> *sources;
+};
+
+void pack_some(void *context, Thread &thread) {
+  const Job &job = *static_cast<Job *>(context);
+  for (int64_t at; (at = thread.claim()) < job.linear->num_panels;) {
+    const Source &source = (*job.sources)[at];
+    pack_panel(job.linear->panels[at], *source.part, source.first, job.linear->in);
+  }
+}
+
+bool reserve(PackedLinear &linear) {
+  for (const Panel &panel : linear.all_panels)
+    linear.bytes += round_up(panel_bytes(panel.format, panel.strips, linear.in).total(), 64);
+  linear.memory.push_back(WeightMemory::allocate(linear.bytes + PREFETCH_SLACK));
+  uint8_t *at = linear.memory.back().get();
+  if (at == nullptr) return false;
+  for (Panel &panel : linear.all_panels) {
+    const PanelBytes bytes = panel_bytes(panel.format, panel.strips, linear.in);
+    panel.values = at;
+    panel.scales = panel.values + round_up(bytes.values, 64);
+    panel.supers = panel.scales + round_up(bytes.scales, 64);
+    at += round_up(bytes.total(), 64);
+  }
+  return true;
+}
+
+void plan(PackedLinear &linear, std::vector<Source> &sources, const il_part *parts, int64_t num_parts, int32_t keep,
+          int32_t float_strips) {
+  for (int64_t at = 0; at < num_parts; ++at) {
+    const int32_t format = is_float(parts[at].format) ? keep : parts[at].format;
+    const bool plain = is_float(format);
+    const int64_t most = (plain ? float_strips : BLOCK_STRIPS) * STRIP;
+    (plain ? (format == IL_FMT_F32 ? linear.has_f32 : linear.has_bf16) : linear.has_blocks) = true;
+    for (int64_t first = 0; first < parts[at].rows; first += most) {
+      const int64_t rows = std::min(most, parts[at].rows - first);
+      const int64_t strips = plain ? (rows + STRIP - 1) / STRIP : BLOCK_STRIPS;
+      linear.all_panels.push_back(
+          {format, static_cast<int32_t>(strips), linear.out + first, rows, nullptr, nullptr, nullptr});
+      sources.push_back({&parts[at], first});
+    }
+    linear.out += parts[at].rows;
+  }
+  linear.panels = linear.all_panels.data();
+  linear.num_panels = static_cast<int64_t>(linear.all_panels.size());
+}
+
+}  // namespace
+}  // namespace interlace
+
+using namespace interlace;
+
+extern "C" {
+
+il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num_parts, int64_t in, int32_t keep,
+                          const float *bias, char *error, int64_t error_size) {
+  if (refuse(parts, num_parts, in, keep, error, error_size)) return nullptr;
+  auto linear = std::make_unique<PackedLinear>();
+  std::vector<Source> sources;
+  linear->in = in;
+  plan(*linear, sources, parts, num_parts, keep, isa_of(runtime).float_strips);
+  if (!reserve(*linear)) {
+    std::snprintf(error, error_size, "no memory for %lld bytes of weights", (long long)linear->bytes);
+    return nullptr;
+  }
+  if (bias != nullptr) {
+    linear->all_bias.assign(bias, bias + linear->out);
+    linear->all_bias.resize(linear->out + 4 * STRIP);
+    linear->bias = linear->all_bias.data();
+  }
+  Job job{linear.get(), &sources};
+  run_on_team(runtime, pack_some, &job);
+  return linear.release();
+}
+
+void il_linear_free(il_linear *linear) { delete static_cast<PackedLinear *>(linear); }
+
+int64_t il_linear_bytes(const il_linear *linear) { return static_cast<const PackedLinear *>(linear)->bytes; }
+}
