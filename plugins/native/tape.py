@@ -28,6 +28,7 @@ _VIEWS = frozenset(
 class Recording(NamedTuple):
     """Stands for an attention backend's metadata while a model is recorded: a step will state the rest."""
 
+    tape: Tape
     group: int
 
 
