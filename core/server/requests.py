@@ -57,14 +57,14 @@ def _sampling(text: str, **bounds: Any) -> Any:
     return Field(default=None, description=text, json_schema_extra=bounds or None)
 
 
-_MESSAGES = WithJsonSchema({"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}})
+_MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}}
 _PART = {
     "type": "object",
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "additionalProperties": False,
 }
-_CONTENT = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]})
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 
 
 class GenerationRequest(Body):
@@ -148,7 +148,7 @@ def _token_id(key: str) -> int:
 class ChatPrompt(Body):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[list[dict[str, Any]], _MESSAGES] = Field(
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(_MESSAGES)] = Field(
         description="The conversation: objects with `role` and `content`."
     )
     add_generation_prompt: bool = Field(default=True, description="End the prompt where the assistant begins.")
@@ -213,7 +213,7 @@ class ChatMessage(Body):
     """One message. Further keys that clients send back with an answer pass while they are empty."""
 
     role: str
-    content: Annotated[str | list[dict[str, Any]] | None, _CONTENT] = None
+    content: Annotated[str | list[dict[str, Any]] | None, WithJsonSchema(_CONTENT)] = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,12 @@ from interlace.interfaces.model import LayerCache, Model
 from interlace.interfaces.weights import BlockWeight
 from interlace.plugins.native import library as native
 from interlace.plugins.native.library import Library, NativeUnavailableError
-from interlace.plugins.native.linear import BLOCKS, WAYS, NativeLinear, block_linear, kept_as
+from interlace.plugins.native.linear import WAYS, NativeLinear, block_linear, kept_as
 from interlace.plugins.native.program import NativeProgram
 from interlace.plugins.native.tape import NotRecordableError, Tape
+
+if TYPE_CHECKING:
+    from interlace.sampling.distribution import Shape
 
 
 class NativeKernels(Kernels):
@@ -41,11 +44,12 @@ class NativeKernels(Kernels):
             "gelu_mul",
             "scale",
             "embedding",
+            "make_block_embedding",
             "make_linear",
             "make_block_linear",
-            "make_block_embedding",
             "make_head",
             "argmax",
+            "draw",
         }
     )
 
@@ -132,6 +136,25 @@ class NativeKernels(Kernels):
         self._emit(native.SCALE, x, (x.shape[1], x.stride(0), out.stride(0)), (factor,), (x, out))
         return out
 
+    # ── Linear layers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def make_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype), bias)
+
+    def make_block_linear(
+        self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        return block_linear(self._tape, self.spec, parts, bias)
+
+    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
+        if isinstance(weight, torch.Tensor):
+            run = NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype))
+        else:
+            run = block_linear(self._tape, self.spec, weight, None)
+        return lambda hidden: run(hidden, wide=True)
+
     def _gate(self, code: int, gate_up: torch.Tensor) -> torch.Tensor:
         gate_up = _dense_last(gate_up)
         out = self._tape.empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
@@ -148,7 +171,7 @@ class NativeKernels(Kernels):
         return out
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-        form = BLOCKS.get(weight.format)
+        form = native.BLOCK_FORMATS.get(weight.format)
         if form is None:
             return super().make_block_embedding(weight)
         dtype: torch.dtype = getattr(torch, self.spec.dtype)
@@ -170,24 +193,17 @@ class NativeKernels(Kernels):
         self._emit(native.ARGMAX, logits, (logits.shape[1], logits.stride(0)), (), (logits, best, peaks))
         return best.numpy(), peaks.numpy()
 
-    # ── Linear layers ───────────────────────────────────────────────────────────────────────────────────────────
-
-    def make_linear(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        return NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype), bias)
-
-    def make_block_linear(
-        self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        return block_linear(self._tape, self.spec, parts, bias)
-
-    def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
-        if isinstance(weight, torch.Tensor):
-            run = NativeLinear(self._tape, [weight], kept_as(self.spec, weight.dtype))
-        else:
-            run = block_linear(self._tape, self.spec, weight, None)
-        return lambda hidden: run(hidden, wide=True)
+    def draw(
+        self, logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        logits = _dense_last(logits)
+        if logits.shape[1] > native.DRAW_LIMIT:
+            return super().draw(logits, rows, shapes, uniforms)
+        chosen, cuts = np.array(rows, dtype=np.int64), np.array(shapes, dtype=np.float64)  # cuts [rows, 4]
+        uniforms, drawn = np.ascontiguousarray(uniforms), np.empty(len(rows), dtype=np.int64)
+        pointers = (logits.data_ptr(), *(array.ctypes.data for array in (chosen, cuts, uniforms, drawn)))
+        self._tape.emit(native.DRAW, logits.dtype, len(rows), (logits.shape[1], logits.stride(0)), (), pointers)
+        return drawn
 
     def _emit(
         self,

@@ -31,7 +31,8 @@ TOKENS, OUTPUTS = -1, -2
     COPY_ROWS,
     SCALE,
     BLOCK_EMBEDDING,
-) = range(12)
+    DRAW,
+) = range(13)
 
 OP_NAMES = (
     "rms_norm",
@@ -46,8 +47,12 @@ OP_NAMES = (
     "copy_rows",
     "scale",
     "block_embedding",
+    "draw",
 )
 """By code."""
+
+DRAW_LIMIT = 500_000
+"""Largest vocabulary that `DRAW` has room for."""
 
 
 class Op(ctypes.Structure):

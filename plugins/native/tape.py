@@ -39,6 +39,10 @@ class NotRecordableError(Exception):
 class _NoCompute(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses every torch op that is not a view."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, for a second and more, to be told not to compile this
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],

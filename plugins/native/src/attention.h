@@ -12,61 +12,61 @@ namespace IL_ISA {
 
 // Query rows of a piece into words, padded with zeros.
 template <typename T>
-void gather_queries(const Layer &layer, const Sequence &sequence, const Piece &piece, Workspace<T> &work) {
+void gather_queries(const Layer &layer, const Sequence &sequence, const Piece &piece, KeyTile<T> &tile) {
   for (int64_t row = piece.first; row < piece.last; ++row) {
     const int64_t token = sequence.start + row / layer.ratio, head = piece.kv_head * layer.ratio + row % layer.ratio;
     const T *from = static_cast<const T *>(layer.query) + token * layer.query_stride + head * layer.head_size;
-    std::memcpy(work.query[row - piece.first], from, layer.head_size * sizeof(T));
+    std::memcpy(tile.query[row - piece.first], from, layer.head_size * sizeof(T));
   }
 }
 
 template <typename T>
-void widen(const Layer &layer, const Granule &granule, int64_t at, Workspace<T> &work) {
+void widen(const Layer &layer, const Granule &granule, int64_t at, KeyTile<T> &tile) {
   const int8_t *from[2] = {reinterpret_cast<int8_t *>(granule.keys), reinterpret_cast<int8_t *>(granule.values)};
   const int64_t count = GRANULE * layer.padded;
   for (int part = 0; part < 2; ++part) {
-    T *to = work.wide[part] + at * count;
+    T *to = tile.wide[part] + at * count;
     for (int64_t value = 0; value < count; value += LANES) {
       typedef int8_t vbyte __attribute__((vector_size(LANES), aligned(1), may_alias));
       store(to + value, __builtin_convertvector(*reinterpret_cast<const vbyte *>(from[part] + value), vfloat));
     }
   }
-  std::memcpy(work.key_scales + at * GRANULE, granule.key_scales, GRANULE * sizeof(float));
-  std::memcpy(work.value_scales + at * GRANULE, granule.value_scales, GRANULE * sizeof(float));
-  work.keys[at] = reinterpret_cast<const uint8_t *>(work.wide[0] + at * count);
-  work.values[at] = reinterpret_cast<const uint8_t *>(work.wide[1] + at * count);
+  std::memcpy(tile.key_scales + at * GRANULE, granule.key_scales, GRANULE * sizeof(float));
+  std::memcpy(tile.value_scales + at * GRANULE, granule.value_scales, GRANULE * sizeof(float));
+  tile.keys[at] = reinterpret_cast<const uint8_t *>(tile.wide[0] + at * count);
+  tile.values[at] = reinterpret_cast<const uint8_t *>(tile.wide[1] + at * count);
 }
 
 // Granules [first, last) of a sequence.
 template <typename T>
-void find_granules(const Layer &layer, const Piece &piece, int64_t first, int64_t last, Workspace<T> &work) {
+void find_granules(const Layer &layer, const Piece &piece, int64_t first, int64_t last, KeyTile<T> &tile) {
   const int32_t *table = layer.group->block_table + piece.row * layer.group->table_stride;
   for (int64_t at = first; at < last; ++at) {
     const int64_t position = at * GRANULE;
     const Granule granule(layer, table[position / layer.block_size], position % layer.block_size, piece.kv_head);
-    work.keys[at - first] = granule.keys;
-    work.values[at - first] = granule.values;
-    if (layer.is_int8) widen(layer, granule, at - first, work);
+    tile.keys[at - first] = granule.keys;
+    tile.values[at - first] = granule.values;
+    if (layer.is_int8) widen(layer, granule, at - first, tile);
   }
 }
 
-// All query rows of a piece through one work. Granules that no row sees are left out.
+// All query rows of a piece through one tile. Granules that no row sees are left out.
 template <typename T>
-void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, int64_t index, Workspace<T> &work) {
+void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, int64_t index, KeyTile<T> &tile) {
   const int64_t rows = piece.last - piece.first;
   const auto position_of = [&](int64_t row) { return sequence.context + row / layer.ratio; };
   const int64_t begin = std::max(index * TILE, layer.first_seen(position_of(piece.first)));
   const int64_t end = std::min((index + 1) * TILE, position_of(piece.last - 1) + 1);
   const int64_t first = begin / GRANULE, last = (end + GRANULE - 1) / GRANULE;
   const int64_t columns = (last - first) * GRANULE, origin = first * GRANULE;
-  find_granules(layer, piece, first, last, work);
-  cover<ScoreKernel, T, KERNEL_ROWS>(work, 0, rows, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+  find_granules(layer, piece, first, last, tile);
+  cover<ScoreKernel, T, KERNEL_ROWS>(tile, 0, rows, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = position_of(piece.first + row);
     const int64_t from = layer.first_seen(position) - origin, to = position + 1 - origin;
-    weigh(layer, work, row, columns, finish_scores(layer, work, row, columns, from, to));
+    weigh(layer, tile, row, columns, finish_scores(layer, tile, row, columns, from, to));
   }
-  cover<ValueKernel, T, KERNEL_ROWS>(work, 0, rows, layer.padded / LANES, last - first, layer.padded);
+  cover<ValueKernel, T, KERNEL_ROWS>(tile, 0, rows, layer.padded / LANES, last - first, layer.padded);
 }
 
 // The weighted mean of the values, to its place in the output. Adding zero makes a negative zero a positive one: its
@@ -79,35 +79,35 @@ void put_out(const Layer &layer, int64_t token, int64_t head, const float *sums,
 }
 
 template <typename T>
-void attend(const Layer &layer, const Piece &piece, const Partials &partials, Workspace<T> &work) {
+void attend(const Layer &layer, const Piece &piece, const Partials &partials, KeyTile<T> &tile) {
   const Sequence sequence(*layer.step, piece.row);
   const int64_t rows = piece.last - piece.first, last_tile = sequence.last_tile();
   const bool is_whole = piece.tile == ALL_TILES;
   if (!sequence.is_shared(layer) && (is_whole || piece.tile == last_tile))
     write_tokens<T>(layer, sequence.start, sequence.start + 1, piece.kv_head, true);
-  gather_queries(layer, sequence, piece, work);
+  gather_queries(layer, sequence, piece, tile);
   for (int64_t row = 0; row < rows; ++row) {
-    std::memset(work.sums[row], 0, layer.padded * sizeof(float));
-    work.largest[row] = LOWEST;
-    work.total[row] = 0.0f;
+    std::memset(tile.sums[row], 0, layer.padded * sizeof(float));
+    tile.largest[row] = LOWEST;
+    tile.total[row] = 0.0f;
   }
   if (!is_whole) {
-    do_tile(layer, sequence, piece, piece.tile, work);
+    do_tile(layer, sequence, piece, piece.tile, tile);
   } else {
     const int64_t first_seen = layer.first_seen(sequence.context + piece.first / layer.ratio);
     const int64_t end = sequence.context + (piece.last - 1) / layer.ratio;
-    for (int64_t index = first_seen / TILE; index <= end / TILE; ++index) do_tile(layer, sequence, piece, index, work);
+    for (int64_t index = first_seen / TILE; index <= end / TILE; ++index) do_tile(layer, sequence, piece, index, tile);
   }
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = piece.first + row, head = piece.kv_head * layer.ratio + at % layer.ratio;
     if (is_whole) {
-      put_out<T>(layer, sequence.start + at / layer.ratio, head, work.sums[row], work.total[row]);
+      put_out<T>(layer, sequence.start + at / layer.ratio, head, tile.sums[row], tile.total[row]);
       continue;
     }
     float *record = partials.at(piece.row, head, piece.tile - sequence.first_tile(layer));
-    record[0] = work.largest[row];
-    record[1] = work.total[row];
-    std::memcpy(record + GRANULE, work.sums[row], layer.padded * sizeof(float));
+    record[0] = tile.largest[row];
+    record[1] = tile.total[row];
+    std::memcpy(record + GRANULE, tile.sums[row], layer.padded * sizeof(float));
   }
 }
 
@@ -156,8 +156,8 @@ void write_shared(const Layer &layer, Thread &thread) {
 
 template <typename T>
 void attend_all(const Layer &layer, Thread &thread) {
-  static_assert(sizeof(Workspace<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
-  Workspace<T> &work = *reinterpret_cast<Workspace<T> *>(thread.scratch);
+  static_assert(sizeof(KeyTile<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
+  KeyTile<T> &tile = *reinterpret_cast<KeyTile<T> *>(thread.scratch);
   bool has_shared = false;
   for (int64_t row = 0; row < layer.step->num_rows; ++row) has_shared |= Sequence(*layer.step, row).is_shared(layer);
   if (has_shared) {
@@ -166,7 +166,7 @@ void attend_all(const Layer &layer, Thread &thread) {
   }
   const Partials partials(layer, thread);
   Pieces pieces(layer, partials.is_needed);
-  for (Piece piece; pieces.find(thread.claim(), &piece);) attend(layer, piece, partials, work);
+  for (Piece piece; pieces.find(thread.claim(), &piece);) attend(layer, piece, partials, tile);
   if (partials.is_needed) {
     thread.barrier();
     join_partials<T>(layer, partials, thread);

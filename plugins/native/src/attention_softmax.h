@@ -30,8 +30,8 @@ constexpr float LOWEST = -std::numeric_limits<float>::max();
 
 // Raw products of a row -> scores: scaled, capped, minus infinity outside of columns [first, last). Returns the largest.
 template <typename T>
-float finish_scores(const Layer &layer, Workspace<T> &work, int64_t row, int64_t columns, int64_t first, int64_t last) {
-  float *scores = work.scores[row];
+float finish_scores(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
+  float *scores = tile.scores[row];
   const vfloat scale = broadcast(layer.scale * (layer.softcap > 0 ? 1.0f / layer.softcap : Power<T>::UNIT));
   const vfloat cap = broadcast(layer.softcap * Power<T>::UNIT);
   const vfloat hidden = broadcast(-std::numeric_limits<float>::infinity());
@@ -40,7 +40,7 @@ float finish_scores(const Layer &layer, Workspace<T> &work, int64_t row, int64_t
   vfloat largest = broadcast(LOWEST);
   for (int64_t at = 0; at < columns; at += LANES) {
     vfloat score = load(scores + at) * scale;
-    if (layer.is_int8) score *= load(work.key_scales + at);
+    if (layer.is_int8) score *= load(tile.key_scales + at);
     if (layer.softcap > 0) score = tanh(score) * cap;
     if (at < first || at + LANES > last) {
       const vint column = lane + static_cast<int32_t>(at);
@@ -54,20 +54,20 @@ float finish_scores(const Layer &layer, Workspace<T> &work, int64_t row, int64_t
 
 // The weights of a row in this tile, and how they join those of the tiles before.
 template <typename T>
-void weigh(const Layer &layer, Workspace<T> &work, int64_t row, int64_t columns, float own_largest) {
+void weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float own_largest) {
   const vfloat limit = broadcast(own_largest);
   vfloat totals = {};
   for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat weight = Power<T>::of(load(work.scores[row] + at) - limit);
+    vfloat weight = Power<T>::of(load(tile.scores[row] + at) - limit);
     totals += weight;
-    if (layer.is_int8) weight *= load(work.value_scales + at);
-    store(work.weights[row] + at, weight);
+    if (layer.is_int8) weight *= load(tile.value_scales + at);
+    store(tile.weights[row] + at, weight);
   }
-  const float largest = std::max(work.largest[row], own_largest);
-  work.keep[row] = power_of<T>(work.largest[row] - largest);
-  work.take[row] = power_of<T>(own_largest - largest);
-  work.largest[row] = largest;
-  work.total[row] = fma(work.total[row], work.keep[row], sum_lanes(totals) * work.take[row]);
+  const float largest = std::max(tile.largest[row], own_largest);
+  tile.keep[row] = power_of<T>(tile.largest[row] - largest);
+  tile.take[row] = power_of<T>(own_largest - largest);
+  tile.largest[row] = largest;
+  tile.total[row] = fma(tile.total[row], tile.keep[row], sum_lanes(totals) * tile.take[row]);
 }
 
 }  // namespace IL_ISA

@@ -53,7 +53,7 @@ inline vfloat dot<bf16>(vfloat sum, vuint a, vuint b) {
 
 // What the kernels read and write; scratch of one thread. T: type of the activations.
 template <typename T>
-struct Workspace {
+struct KeyTile {
   alignas(64) uint32_t query[MAX_ROWS][MAX_HEAD_SIZE];  // words
   alignas(64) float scores[MAX_ROWS][TILE];
   alignas(64) T weights[MAX_ROWS][TILE];
@@ -67,10 +67,10 @@ struct Workspace {
 
 // scores[row + r][column * LANES ..] = query · key, for R rows and C vectors of tokens.
 template <typename T, int R, int C>
-void score_kernel(Workspace<T> &work, int64_t row, int64_t column, int64_t words) {
+void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
   const uint8_t *keys[C];
   for (int c = 0; c < C; ++c)
-    keys[c] = work.keys[(column + c) / VECTORS] + (column + c) % VECTORS * int64_t{sizeof(vuint)};
+    keys[c] = tile.keys[(column + c) / VECTORS] + (column + c) % VECTORS * int64_t{sizeof(vuint)};
   vfloat sums[R][C] = {};
   for (int64_t word = 0; word < words; ++word) {
     vuint key[C];
@@ -78,13 +78,13 @@ void score_kernel(Workspace<T> &work, int64_t row, int64_t column, int64_t words
     for (int c = 0; c < C; ++c) key[c] = load_words(keys[c] + word * GRANULE * 4);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vuint query = vuint{} + work.query[row + r][word];
+      const vuint query = vuint{} + tile.query[row + r][word];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) sums[r][c] = dot<T>(sums[r][c], query, key[c]);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(work.scores[row + r] + (column + c) * LANES, sums[r][c]);
+    for (int c = 0; c < C; ++c) store(tile.scores[row + r] + (column + c) * LANES, sums[r][c]);
 }
 
 // What is kept of the sums so far, plus a tile's own: the one place that joins tiles.
@@ -92,11 +92,11 @@ inline vfloat joined(vfloat before, vfloat keep, vfloat own, vfloat take) { retu
 
 // sums[row + r][column * LANES ..] joined with weights · values, for R rows and C vectors along the head.
 template <typename T, int R, int C>
-void value_kernel(Workspace<T> &work, int64_t row, int64_t column, int64_t granules, int64_t padded) {
+void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
   constexpr int64_t WORDS = GRANULE * sizeof(T) / 4;
   vfloat sums[R][C] = {};
   for (int64_t granule = 0; granule < granules; ++granule) {
-    const uint8_t *values = work.values[granule] + column * int64_t{sizeof(vuint)};
+    const uint8_t *values = tile.values[granule] + column * int64_t{sizeof(vuint)};
     for (int64_t word = 0; word < WORDS; ++word) {
       vuint value[C];
 #pragma GCC unroll 8
@@ -104,7 +104,7 @@ void value_kernel(Workspace<T> &work, int64_t row, int64_t column, int64_t granu
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         uint32_t bits;
-        std::memcpy(&bits, reinterpret_cast<const uint8_t *>(work.weights[row + r]) + (granule * WORDS + word) * 4, 4);
+        std::memcpy(&bits, reinterpret_cast<const uint8_t *>(tile.weights[row + r]) + (granule * WORDS + word) * 4, 4);
         const vuint weight = vuint{} + bits;
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sums[r][c] = dot<T>(sums[r][c], weight, value[c]);
@@ -113,37 +113,37 @@ void value_kernel(Workspace<T> &work, int64_t row, int64_t column, int64_t granu
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
-      float *to = work.sums[row + r] + (column + c) * LANES;
-      store(to, joined(load(to), broadcast(work.keep[row + r]), sums[r][c], broadcast(work.take[row + r])));
+      float *to = tile.sums[row + r] + (column + c) * LANES;
+      store(to, joined(load(to), broadcast(tile.keep[row + r]), sums[r][c], broadcast(tile.take[row + r])));
     }
 }
 
 // Cover rows × columns with kernels: as large as fit, then what is left.
 template <template <typename, int, int> class Kernel, typename T, int R, int C, typename... Arguments>
-void cover_columns(Workspace<T> &work, int64_t row, int64_t column, int64_t columns, Arguments... arguments) {
-  for (; column + C <= columns; column += C) Kernel<T, R, C>::run(work, row, column, arguments...);
+void cover_columns(KeyTile<T> &tile, int64_t row, int64_t column, int64_t columns, Arguments... arguments) {
+  for (; column + C <= columns; column += C) Kernel<T, R, C>::run(tile, row, column, arguments...);
   if constexpr (C > 1) {
-    if (column < columns) cover_columns<Kernel, T, R, C - 1>(work, row, column, columns, arguments...);
+    if (column < columns) cover_columns<Kernel, T, R, C - 1>(tile, row, column, columns, arguments...);
   }
 }
 template <template <typename, int, int> class Kernel, typename T, int R, typename... Arguments>
-void cover(Workspace<T> &work, int64_t row, int64_t rows, int64_t columns, Arguments... arguments) {
-  for (; row + R <= rows; row += R) cover_columns<Kernel, T, R, KERNEL_COLUMNS>(work, row, 0, columns, arguments...);
+void cover(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t columns, Arguments... arguments) {
+  for (; row + R <= rows; row += R) cover_columns<Kernel, T, R, KERNEL_COLUMNS>(tile, row, 0, columns, arguments...);
   if constexpr (R > 1) {
-    if (row < rows) cover<Kernel, T, R - 1>(work, row, rows, columns, arguments...);
+    if (row < rows) cover<Kernel, T, R - 1>(tile, row, rows, columns, arguments...);
   }
 }
 
 template <typename T, int R, int C>
 struct ScoreKernel {
-  static void run(Workspace<T> &work, int64_t row, int64_t column, int64_t words) {
-    score_kernel<T, R, C>(work, row, column, words);
+  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
+    score_kernel<T, R, C>(tile, row, column, words);
   }
 };
 template <typename T, int R, int C>
 struct ValueKernel {
-  static void run(Workspace<T> &work, int64_t row, int64_t column, int64_t granules, int64_t padded) {
-    value_kernel<T, R, C>(work, row, column, granules, padded);
+  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
+    value_kernel<T, R, C>(tile, row, column, granules, padded);
   }
 };
 

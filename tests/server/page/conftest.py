@@ -13,9 +13,11 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 FLAGS += ("--disable-component-update", "--disable-sync")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium. CI must have it, so there its absence is a failure."""
+    """Chromium. CI must have it, so there its absence is a failure.
+
+    Not for the session: while playwright runs it holds an event loop in this thread, and async tests could not run."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         text = "there is no Chromium: apt install chromium"
