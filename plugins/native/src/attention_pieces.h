@@ -75,7 +75,7 @@ class Pieces {
   int64_t row_ = 0, before_ = 0;
 };
 
-// What a piece of one tile leaves for the thread that joins them: one record per query head and work.
+// What a piece of one tile leaves for the thread that joins them: one record per query head and tile.
 class Partials {
  public:
   Partials(const Layer &layer, Thread &thread) : layer_(layer), memory_(reinterpret_cast<float *>(thread.shared)) {
