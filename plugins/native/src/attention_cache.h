@@ -50,9 +50,10 @@ struct Granule {
   uint8_t *keys, *values;
   float *key_scales, *value_scales;
 
-  Granule(const Layer &layer, int64_t block, int64_t offset, int64_t kv_head) {
+  // `at`: its number within the block.
+  Granule(const Layer &layer, int64_t block, int64_t at, int64_t kv_head) {
     uint8_t *head = layer.head_of(block, kv_head);
-    const int64_t half = layer.block_size * layer.padded * layer.element, at = offset / GRANULE;
+    const int64_t half = layer.block_size * layer.padded * layer.element;
     keys = head + at * layer.granule_bytes;
     values = head + half + at * layer.granule_bytes;
     key_scales = reinterpret_cast<float *>(head + 2 * half) + at * GRANULE;
@@ -145,7 +146,7 @@ void clear_values_after(const Layer &layer, const Granule &granule, int64_t toke
 template <typename T>
 void write_tokens(const Layer &layer, int64_t first, int64_t last, int64_t kv_head, bool ends) {
   const int64_t slot = layer.group->slots[first], offset = slot % layer.block_size;
-  const Granule granule(layer, slot / layer.block_size, offset, kv_head);
+  const Granule granule(layer, slot / layer.block_size, offset / GRANULE, kv_head);
   for (int64_t at = first; at < last; ++at) {
     const int64_t token = offset % GRANULE + at - first;
     const T *key = static_cast<const T *>(layer.key) + at * layer.key_stride + kv_head * layer.head_size;
