@@ -120,13 +120,13 @@ void set_granules(const Layer &layer, const Span &span, const Span &next, KeyTil
 template <typename T>
 void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, const Span &span, KeyTile<T> &tile) {
   const int64_t rows = piece.last - piece.first, columns = span.count * GRANULE, origin = span.first * GRANULE;
-  cover<ScoreKernel, T, KERNEL_ROWS>(tile, 0, rows, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+  cover<ScoreKernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = sequence.context + (piece.first + row) / layer.ratio;
     const int64_t from = layer.first_seen(position) - origin, to = position + 1 - origin;
     weigh(layer, tile, row, columns, finish_scores(layer, tile, row, columns, from, to));
   }
-  cover<ValueKernel, T, KERNEL_ROWS>(tile, 0, rows, layer.padded / LANES, span.count, layer.padded);
+  cover<ValueKernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
 }
 
 // The weighted mean of the values, to its place in the output. Adding zero makes a negative zero a positive one: its

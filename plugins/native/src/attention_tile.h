@@ -139,19 +139,20 @@ void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granule
     }
 }
 
-// Cover rows × columns with kernels: as large as fit, then what is left.
+// Cover rows × columns with kernels: as large as fit, then what is left. All rows use some columns before the next ones are
+// read, so these come from the first-level cache.
 template <template <typename, int, int> class Kernel, typename T, int R, int C, typename... Arguments>
-void cover_columns(KeyTile<T> &tile, int64_t row, int64_t column, int64_t columns, Arguments... arguments) {
-  for (; column + C <= columns; column += C) Kernel<T, R, C>::run(tile, row, column, arguments...);
-  if constexpr (C > 1) {
-    if (column < columns) cover_columns<Kernel, T, R, C - 1>(tile, row, column, columns, arguments...);
+void cover_rows(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t column, Arguments... arguments) {
+  for (; row + R <= rows; row += R) Kernel<T, R, C>::run(tile, row, column, arguments...);
+  if constexpr (R > 1) {
+    if (row < rows) cover_rows<Kernel, T, R - 1, C>(tile, row, rows, column, arguments...);
   }
 }
-template <template <typename, int, int> class Kernel, typename T, int R, typename... Arguments>
-void cover(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t columns, Arguments... arguments) {
-  for (; row + R <= rows; row += R) cover_columns<Kernel, T, R, KERNEL_COLUMNS>(tile, row, 0, columns, arguments...);
-  if constexpr (R > 1) {
-    if (row < rows) cover<Kernel, T, R - 1>(tile, row, rows, columns, arguments...);
+template <template <typename, int, int> class Kernel, typename T, int C, typename... Arguments>
+void cover(KeyTile<T> &tile, int64_t rows, int64_t column, int64_t columns, Arguments... arguments) {
+  for (; column + C <= columns; column += C) cover_rows<Kernel, T, KERNEL_ROWS, C>(tile, 0, rows, column, arguments...);
+  if constexpr (C > 1) {
+    if (column < columns) cover<Kernel, T, C - 1>(tile, rows, column, columns, arguments...);
   }
 }
 

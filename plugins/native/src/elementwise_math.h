@@ -31,7 +31,16 @@ inline float fma(float a, float b, float c) {
 }
 
 // The larger one; `b` where either is a NaN.
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat larger(vfloat a, vfloat b) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(IL_AVX2)
+  return reinterpret_cast<vfloat>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // In a fixed order, pairwise.
 inline float max_lane(vfloat value) {
@@ -111,15 +120,21 @@ inline vfloat clamped(vfloat x) {
   return x > high ? high : x;
 }
 
-// 2^x to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly. The
-// polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
+// 2^x for x <= 0, to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly.
+// The polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
 inline vfloat exp2_rough(vfloat x) {
-  x = clamped(x);
-  const vfloat whole = round_to_whole(x), rest = x - whole;
+  x = larger(broadcast(-127.0f), x);
+  // Added to 1.5 * 2^23 the number loses what lies behind the point; with 127 more, its last bits are the exponent.
+  const vfloat magic = broadcast(12582912.0f + 127.0f), shifted = x + magic, rest = x - (shifted - magic);
+  vuint bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
+  vfloat power;
+  std::memcpy(&power, &bits, sizeof power);
   vfloat p = fma(rest, broadcast(0.009582853f), broadcast(0.055906426f));
   p = fma(rest, p, broadcast(0.24024099f));
   p = fma(rest, p, broadcast(0.69312408f));
-  return times_power(fma(rest, p, broadcast(1.0f)), whole);
+  return fma(rest, p, broadcast(1.0f)) * power;
 }
 
 // e^x within 1 unit in the last place; e^0 = 1 exactly, and exactly 0 below -88.
