@@ -121,11 +121,14 @@ template <typename T>
 void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, const Span &span, KeyTile<T> &tile) {
   const int64_t rows = piece.last - piece.first, columns = span.count * GRANULE, origin = span.first * GRANULE;
   cover<ScoreKernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+  RowSums own;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = sequence.context + (piece.first + row) / layer.ratio;
     const int64_t from = layer.first_seen(position) - origin, to = position + 1 - origin;
-    weigh(layer, tile, row, columns, finish_scores(layer, tile, row, columns, from, to));
+    own.largest[row] = finish_scores(layer, tile, row, columns, from, to);
+    own.total[row] = weigh(layer, tile, row, columns, own.largest[row]);
   }
+  prepare_join(own, rows, tile);
   cover<ValueKernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
 }
 

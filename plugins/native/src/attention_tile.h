@@ -11,6 +11,7 @@ namespace IL_ISA {
 constexpr int64_t TILE = 256;                      // tokens, aligned to positions
 constexpr int64_t TILE_GRANULES = TILE / GRANULE;
 constexpr int64_t MAX_ROWS = 24;                   // query rows of a piece of work
+constexpr int64_t PADDED_ROWS = (MAX_ROWS + LANES - 1) / LANES * LANES;
 constexpr int VECTORS = GRANULE / LANES;           // of the words of a granule's 16 tokens
 
 #if defined(IL_AVX512)
@@ -68,8 +69,8 @@ struct KeyTile {
   alignas(64) float scores[MAX_ROWS][TILE];
   alignas(64) T weights[MAX_ROWS][TILE];
   alignas(64) float sums[MAX_ROWS][MAX_HEAD_SIZE];      // of weights times values, over all tiles so far
-  float largest[MAX_ROWS], total[MAX_ROWS];             // over all tiles so far: largest score, sum of the weights
-  float keep[MAX_ROWS], take[MAX_ROWS];                 // factors of what was there before this tile, and of this tile
+  float largest[PADDED_ROWS], total[PADDED_ROWS];       // over all tiles so far: largest score, sum of the weights
+  float keep[PADDED_ROWS], take[PADDED_ROWS];           // factors of what was there before this tile, and of this tile
   const uint8_t *keys[TILE_GRANULES], *values[TILE_GRANULES];
   const uint8_t *ahead[2 * TILE_GRANULES];  // granule to fetch when granule i, keys before values, is read
   alignas(64) float key_scales[TILE], value_scales[TILE];

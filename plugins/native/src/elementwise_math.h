@@ -42,20 +42,46 @@ inline vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
-// In a fixed order, pairwise.
-inline float max_lane(vfloat value) {
-  float best = value[0];
-  for (int lane = 1; lane < LANES; ++lane) best = value[lane] > best ? value[lane] : best;
-  return best;
-}
-
-inline float sum_lanes(vfloat value) {
+// All lanes into one, pairwise: each of the lower half with that of the upper half, and so on.
+template <typename Fold>
+inline float fold_lanes(vfloat value, Fold fold) {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+#if defined(IL_AVX512)
+  const __m512 all = reinterpret_cast<__m512>(value);
+  const __m256 eight = fold.wide(_mm512_castps512_ps256(all), _mm512_maskz_extractf32x8_ps(0xff, all, 1));
+#else
+  const __m256 eight = reinterpret_cast<__m256>(value);
+#endif
+  const __m128 four = fold.narrow(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = fold.narrow(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(fold.narrow(two, _mm_movehdup_ps(two)));
+#else
   float part[LANES];
   store(part, value);
   for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+    for (int lane = 0; lane < width; ++lane) part[lane] = fold.single(part[lane], part[lane + width]);
   return part[0];
+#endif
 }
+
+struct FoldMax {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+  static __m256 wide(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  static __m128 narrow(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+#endif
+  static float single(float a, float b) { return a > b ? a : b; }
+};
+
+struct FoldSum {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+  static __m256 wide(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  static __m128 narrow(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+#endif
+  static float single(float a, float b) { return a + b; }
+};
+
+inline float max_lane(vfloat value) { return fold_lanes(value, FoldMax()); }
+inline float sum_lanes(vfloat value) { return fold_lanes(value, FoldSum()); }
 
 template <typename T>
 inline vfloat load_some(const T *from, int64_t count) {
