@@ -101,12 +101,13 @@ inline vuint weights_of(const uint8_t *words, int quad) {
 // Vectors of outputs that share a loaded activation. Loads are what limits these products (two in a cycle, as many as
 // vpdpbusd), so it takes more than one.
 constexpr int SHARING = 2;
+constexpr int TOTAL_VECTORS = interlace::BLOCK_STRIPS * STRIP / LANES;
 
-// total[row][vector] += one block of SHARING vectors; `words` and `places` are theirs.
+// total[row * TOTAL_VECTORS + vector] += one block of SHARING vectors; `words` and `places` are theirs.
 template <typename F, int ROWS>
 inline __attribute__((always_inline)) void add_block(const uint8_t *const (&words)[SHARING],
                                                      const ScalePlace (&places)[SHARING], const ActBlock<ROWS> &x,
-                                                     vfloat (*total)[interlace::BLOCK_STRIPS * STRIP / LANES]) {
+                                                     vfloat *total) {
   constexpr int GROUP_QUADS = QUADS / F::GROUPS;
 #pragma GCC unroll 2
   for (int group = 0; group < F::GROUPS; ++group) {
@@ -133,9 +134,9 @@ inline __attribute__((always_inline)) void add_block(const uint8_t *const (&word
       for (int row = 0; row < ROWS; ++row) {
         const vfloat scaled = __builtin_convertvector(sum[row][at], vfloat);
         if constexpr (F::HAS_SCALE)
-          total[row][at] += scaled * x.scale[row] * scale;
+          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row] * scale;
         else
-          total[row][at] += scaled * x.scale[row];
+          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row];
       }
     }
   }
@@ -144,16 +145,16 @@ inline __attribute__((always_inline)) void add_block(const uint8_t *const (&word
     for (int at = 0; at < SHARING; ++at) {
       const vfloat minimum = F::minimum(places[at]);
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; ++row) total[row][at] += minimum * x.scaled_sum[row];
+      for (int row = 0; row < ROWS; ++row) total[row * TOTAL_VECTORS + at] += minimum * x.scaled_sum[row];
     }
   }
 }
 
 template <typename F, int ROWS>
 void block_tile(const Tile &tile) {
-  constexpr int STRIPS = interlace::BLOCK_STRIPS, PER_STRIP = STRIP / LANES, VECTORS = STRIPS * PER_STRIP;
+  constexpr int STRIPS = interlace::BLOCK_STRIPS, PER_STRIP = STRIP / LANES;
   const Panel &panel = *tile.panel;
-  vfloat total[ROWS][VECTORS] = {};
+  vfloat total[ROWS * TOTAL_VECTORS] = {};
   const ActBlock<ROWS> *x = reinterpret_cast<const ActBlock<ROWS> *>(tile.x);
   const uint8_t *ahead = tile.ahead.first;
   for (int64_t block = 0; block < tile.depth; ++block, ++x) {
@@ -161,7 +162,7 @@ void block_tile(const Tile &tile) {
     for (int64_t at = 0; at < tile.ahead.step; at += 64) fetch(ahead + at);
     ahead += tile.ahead.step;
 #pragma GCC unroll 1
-    for (int vector = 0; vector < VECTORS; vector += SHARING) {
+    for (int vector = 0; vector < TOTAL_VECTORS; vector += SHARING) {
       const uint8_t *words[SHARING];
       ScalePlace places[SHARING];
 #pragma GCC unroll 2
@@ -172,15 +173,15 @@ void block_tile(const Tile &tile) {
         places[at] = {panel.scales + place * F::SCALE_BYTES * STRIP,
                       panel.supers + (block / 8 * STRIPS + strip) * F::SUPER_BYTES * STRIP, lane};
       }
-      add_block<F, ROWS>(words, places, *x, reinterpret_cast<vfloat(*)[VECTORS]>(&total[0][vector]));
+      add_block<F, ROWS>(words, places, *x, total + vector);
     }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) {
     if constexpr (!F::HAS_SCALE)  // one scale per output
-      for (int vector = 0; vector < VECTORS; ++vector)
-        total[row][vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
-    put_row(tile, row, total[row]);
+      for (int vector = 0; vector < TOTAL_VECTORS; ++vector)
+        total[row * TOTAL_VECTORS + vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
+    put_row(tile, row, total + row * TOTAL_VECTORS);
   }
 }
 
