@@ -31,7 +31,10 @@ def engine_answer(llm: AsyncLLM) -> Answer:
     if llm.loaded.source("server.request_timeout_s") == "default":
         settings = settings.model_copy(update={"request_timeout_s": 0.0})
     state = ServerState(llm, settings, model_names(llm.loaded), created=int(local_time().timestamp()))
-    services = {"/v1/chat/completions": ChatService(state), "/v1/completions": CompletionService(state)}
+    services: dict[str, ChatService | CompletionService] = {
+        "/v1/chat/completions": ChatService(state),
+        "/v1/completions": CompletionService(state),
+    }
 
     async def answer(line: BatchLine) -> BatchResponse:
         request_id = record_id(line.number)

@@ -18,6 +18,7 @@ from interlace.model_config import ModelConfig
 from interlace.spec import ResolvedSpec
 from interlace.worker.batch import ForwardBatch
 from interlace.worker.sizing import plan_attention, plan_kernels
+from interlace.worker.threads import plan_threads
 
 ROWS = (1, 8, 64, 256)
 _BEYOND_CACHES = 160 << 20
@@ -72,8 +73,7 @@ def measure_kernels(
 ) -> Iterator[OpResult | Peaks]:
     """The peaks, then every op (or those whose name starts with one of `ops`) at the shapes of the model."""
     clock = clock or MonotonicClock()
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
+    torch.set_num_threads(plan_threads(spec.threads).count)
     peaks = _measure_peaks(getattr(torch, spec.dtype), clock)
     yield peaks
     for case in _cases(spec, ops):

@@ -10,6 +10,7 @@ from interlace.bench.machine import Machine, peak_memory
 from interlace.bench.metrics import Distribution, Latencies, Rates, Run, Spread, distribution, latencies, rates, spread
 from interlace.bench.session import Session, Startup
 from interlace.bench.workloads import Workload
+from interlace.worker.threads import plan_threads
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +171,7 @@ def _engine_facts(session: Session) -> EngineFacts:
         dtype=spec.dtype,
         weights=spec.weights,
         device=spec.device,
-        threads=spec.threads or _default_threads(),
+        threads=plan_threads(spec.threads).count,
         scheduler=spec.scheduler.label,
         executor=spec.executor.name,
         process=session.front.loaded.settings.engine.process,
@@ -182,10 +183,3 @@ def _engine_facts(session: Session) -> EngineFacts:
         kv_blocks=info.kv.num_blocks,
         block_size=info.kv.block_size,
     )
-
-
-def _default_threads() -> int:
-    """What torch takes where the settings leave it open; the same in a child, which inherits what decides it."""
-    import torch
-
-    return torch.get_num_threads()

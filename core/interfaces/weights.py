@@ -10,8 +10,9 @@ import msgspec
 if TYPE_CHECKING:
     import torch
 
-_MOST_VALUES = 1 << 20
-"""Values that are in float32 at a time while a weight is decoded into another type."""
+_MOST_VALUES = 1 << 15
+"""Values that are in float32 at a time while a weight is decoded: they stay in the processor's cache, and are too few
+for torch to share the work among threads that would wait for each other more than they work."""
 
 
 class BlockWeight(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ class BlockWeight(msgspec.Struct, frozen=True):
         tensor, since blocks cannot be cut."""
         rows, *columns = where if isinstance(where, tuple) else (where,)
         part = self._with(self.data[rows])
-        if not columns or columns[0] == slice(None):
+        if not columns or columns[0].indices(self.shape[1]) == (0, self.shape[1], 1):
             return part
         return part.dequantize()[:, columns[0]]
 
@@ -58,13 +59,10 @@ class BlockWeight(msgspec.Struct, frozen=True):
         return self._with(padded)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[out, in] in `dtype` (None: float32). Another type than float32 is filled piece by piece."""
+        """[out, in] in `dtype` (None: float32)."""
         import torch
 
-        if dtype in (None, torch.float32):
-            values: torch.Tensor = self.decode(self.data)
-            return values
-        return self.dequantize_into(torch.empty(self.shape, dtype=dtype, device=self.data.device))
+        return self.dequantize_into(torch.empty(self.shape, dtype=dtype or torch.float32, device=self.data.device))
 
     def dequantize_into(self, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` [out, in] of any floating type, piece by piece, and return it."""

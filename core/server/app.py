@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI, Request
 
 from interlace import __version__
-from interlace.server import errors, health, live, models, tokenization, tracing
+from interlace.server import docs_page, errors, health, live, models, tokenization, tracing
 from interlace.server.answers import ChatChunk, ChatCompletion, Completion
 from interlace.server.chat import ChatService
 from interlace.server.completions import CompletionService
@@ -22,7 +22,7 @@ def create_app(state: ServerState) -> FastAPI:
         title="Interlace",
         version=__version__,
         openapi_url="/openapi.json" if settings.docs else None,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
         redoc_url=None,
         root_path=settings.root_path,
     )
@@ -34,6 +34,8 @@ def create_app(state: ServerState) -> FastAPI:
     if settings.page:
         live.install(app, state)
     tracing.install(app, state)
+    if settings.docs:
+        app.include_router(docs_page.router(app))
     errors.install(app)
     describe_schemas(app)
     return app

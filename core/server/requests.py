@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, WithJsonSchema
 
 from interlace.errors import InvalidRequestError
-from interlace.messages import SamplingParams
+from interlace.sampling.params import MAX_LOGPROBS, MAX_N, SamplingParams
 from interlace.server.bodies import Body
 
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -52,8 +52,19 @@ class StreamOptions(Body):
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
 
 
-def _sampling(text: str) -> Any:
-    return Field(default=None, description=text)
+def _sampling(text: str, **bounds: Any) -> Any:
+    """`bounds` only inform readers of the description: `SamplingParams` is the judge."""
+    return Field(default=None, description=text, json_schema_extra=bounds or None)
+
+
+_MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}}
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 
 
 class GenerationRequest(Body):
@@ -62,26 +73,34 @@ class GenerationRequest(Body):
     model: str | None = Field(default=None, description="One of `/v1/models`. Missing: the model served.")
     stream: bool = Field(default=False, description="Answer piece by piece, as server-sent events.")
     stream_options: dict[str, Any] | None = Field(default=None, description="Only with `stream`.")
-    n: int | None = _sampling("Answers to each prompt.")
-    temperature: float | None = _sampling("0: always the most likely token.")
-    top_p: float | None = _sampling("Sample from the most likely tokens of this joint probability.")
-    top_k: int | None = _sampling("Sample from this many most likely tokens; 0 or -1: all.")
-    min_p: float | None = _sampling("Least probability, relative to the most likely token.")
-    presence_penalty: float | None = _sampling("Subtracted from tokens that the answer has already.")
-    frequency_penalty: float | None = _sampling("Subtracted per occurrence in the answer.")
-    repetition_penalty: float | None = _sampling("Divides tokens of prompt and answer; 1: off.")
-    seed: int | None = _sampling("Same seed, same request: same answer.")
+    n: int | None = _sampling("Answers to each prompt.", minimum=1, maximum=MAX_N)
+    temperature: float | None = _sampling("0: always the most likely token.", minimum=0, maximum=100)
+    top_p: float | None = _sampling(
+        "Sample from the most likely tokens of this joint probability.", exclusiveMinimum=0, maximum=1
+    )
+    top_k: int | None = _sampling("Sample from this many most likely tokens; 0 or -1: all.", minimum=-1)
+    min_p: float | None = _sampling("Least probability, relative to the most likely token.", minimum=0, maximum=1)
+    presence_penalty: float | None = _sampling(
+        "Subtracted from tokens that the answer has already.", minimum=-2, maximum=2
+    )
+    frequency_penalty: float | None = _sampling("Subtracted per occurrence in the answer.", minimum=-2, maximum=2)
+    repetition_penalty: float | None = _sampling(
+        "Divides tokens of prompt and answer; 1: off.", minimum=1e-6, maximum=100
+    )
+    seed: int | None = _sampling("Same seed, same request: same answer.", minimum=-(2**63), maximum=2**63 - 1)
     stop: str | list[str] | None = _sampling("Texts that end the answer.")
     stop_token_ids: list[int] | None = _sampling("Tokens that end the answer.")
     include_stop_str_in_output: bool | None = _sampling("Keep the text that ended the answer.")
     ignore_eos: bool | None = _sampling("Go on after an end-of-sequence token.")
-    max_tokens: int | None = _sampling("Most tokens of an answer.")
-    min_tokens: int | None = _sampling("Least tokens of an answer.")
+    max_tokens: int | None = _sampling("Most tokens of an answer.", minimum=1)
+    min_tokens: int | None = _sampling("Least tokens of an answer.", minimum=0)
     logit_bias: dict[str, float] | None = _sampling("Token id → what to add to its logit, -100 to 100.")
     allowed_token_ids: list[int] | None = _sampling("Sample from these only.")
     bad_words: list[str] | None = _sampling("Texts that the answer must not have.")
     bad_words_token_ids: list[list[int]] | None = _sampling("The same, as tokens.")
-    prompt_logprobs: int | None = _sampling("Log probabilities of this many tokens at each position of the prompt.")
+    prompt_logprobs: int | None = _sampling(
+        "Log probabilities of this many tokens at each position of the prompt.", minimum=0, maximum=MAX_LOGPROBS
+    )
     skip_special_tokens: bool | None = _sampling("Leave control tokens out of the text.")
     spaces_between_special_tokens: bool | None = _sampling("Write spaces around control tokens, where the model does.")
     skip_reading_prefix_cache: bool | None = _sampling("Compute the whole prompt.")
@@ -129,7 +148,9 @@ def _token_id(key: str) -> int:
 class ChatPrompt(Body):
     """How a conversation becomes a prompt."""
 
-    messages: list[dict[str, Any]] = Field(description="The conversation: objects with `role` and `content`.")
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(_MESSAGES)] = Field(
+        description="The conversation: objects with `role` and `content`."
+    )
     add_generation_prompt: bool = Field(default=True, description="End the prompt where the assistant begins.")
     continue_final_message: bool = Field(default=False, description="Let the model continue the last message.")
     add_special_tokens: bool = Field(default=False, description="Add special tokens beside those of the template.")
@@ -140,9 +161,11 @@ class ChatPrompt(Body):
 class ChatRequest(ChatPrompt, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    max_completion_tokens: int | None = Field(default=None, description="Most tokens of an answer.")
+    max_completion_tokens: int | None = _sampling("Most tokens of an answer.", minimum=1)
     logprobs: bool = Field(default=False, description="Answer with log probabilities.")
-    top_logprobs: int | None = Field(default=None, description="With `logprobs`: of this many most likely tokens.")
+    top_logprobs: int | None = _sampling(
+        "With `logprobs`: of this many most likely tokens.", minimum=0, maximum=MAX_LOGPROBS
+    )
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = _COMMON_UNSUPPORTED | {
         "tools": ([],),
@@ -180,7 +203,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool = Field(default=False, description="Begin the answer with the prompt.")
-    logprobs: int | None = Field(default=None, description="Log probabilities of this many most likely tokens.")
+    logprobs: int | None = _sampling("Of this many most likely tokens.", minimum=0, maximum=MAX_LOGPROBS)
     add_special_tokens: bool = Field(default=True, description="Add e.g. a BOS token to prompts that are texts.")
 
     UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = _COMMON_UNSUPPORTED | {"suffix": ("",), "prompt_embeds": ()}
@@ -190,7 +213,7 @@ class ChatMessage(Body):
     """One message. Further keys that clients send back with an answer pass while they are empty."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: Annotated[str | list[dict[str, Any]] | None, WithJsonSchema(_CONTENT)] = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None

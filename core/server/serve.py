@@ -47,10 +47,7 @@ def serve(loaded: LoadedSettings) -> int:
     try:
         prepared = prepare(loaded)
         try:
-            import uvloop
-
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_Service(prepared, log).run())
+            return asyncio.run(_run(prepared, log))
         finally:
             prepared.listener.close()
     except InterlaceError as error:
@@ -60,6 +57,10 @@ def serve(loaded: LoadedSettings) -> int:
         return MISCONFIGURED
     finally:
         log.close()
+
+
+async def _run(prepared: Prepared, log: ServerLog) -> int:
+    return await _Service(prepared, log).run()
 
 
 class Prepared(NamedTuple):

@@ -136,8 +136,12 @@ class PagedAttention:
     def _fill(self, blocks: Sequence[int]) -> None:
         for cache in self.caches:
             limits = torch.finfo(cache.dtype) if cache.dtype.is_floating_point else torch.iinfo(cache.dtype)
-            finite = abs(self._poison) < torch.inf or not cache.dtype.is_floating_point
-            cache[list(blocks)] = min(self._poison, limits.max) if finite else self._poison
+            poison = self._poison
+            if abs(poison) < torch.inf:
+                poison = min(poison, limits.max)
+            elif not cache.dtype.is_floating_point:
+                poison = -1  # all bits set: not a number, too, where part of the cache holds floats
+            cache[list(blocks)] = poison
 
     def _stream(self, name: str, layer: int) -> Streams:
         if (name, layer) not in self._streams:

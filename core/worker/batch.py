@@ -2,51 +2,79 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
+
+IntArray = npt.NDArray[np.integer[Any]]
 
 
 class ForwardBatch:
     """One step's flattened batch: rows (sequences) of different lengths, back to back, without padding.
 
-    Fields marked CPU have a plain-list or CPU-tensor form for backends that plan on the host.
+    What backends plan with on the host comes in two forms, plain lists and numpy arrays (`..._array`). Each is made
+    when it is first read: a step that needs neither form pays for neither.
     """
-
-    __slots__ = (
-        "block_tables",
-        "context_lens",
-        "max_query_len",
-        "max_seq_len",
-        "num_rows",
-        "num_tokens",
-        "positions",
-        "query_lens",
-        "query_start",
-        "seq_lens",
-        "slot_mappings",
-        "token_ids",
-    )
 
     def __init__(
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        query_lens: list[int],
-        context_lens: list[int],
+        query_lens: list[int] | IntArray,
+        context_lens: list[int] | IntArray,
         block_tables: list[torch.Tensor],
         slot_mappings: list[torch.Tensor],
     ) -> None:
         self.token_ids = token_ids  # [tokens] int64
         self.positions = positions  # [tokens] int64, position in its own sequence
-        self.query_lens = query_lens  # CPU; tokens of this step per row
-        self.context_lens = context_lens  # CPU; tokens already in the cache per row
+        self.query_lens_array = np.asarray(query_lens, dtype=np.int64)  # CPU; [rows], tokens of this step
+        self.context_lens_array = np.asarray(context_lens, dtype=np.int64)  # CPU; [rows], tokens already in the cache
         self.block_tables = block_tables  # per KV group: [rows, max_blocks] int32, NULL_BLOCK where not held
         self.slot_mappings = slot_mappings  # per KV group: [tokens] int64 = block id * block_size + offset
         self.num_rows = len(query_lens)
-        self.num_tokens = int(token_ids.shape[0])
-        self.seq_lens = [context + query for context, query in zip(context_lens, query_lens, strict=True)]
-        starts = [0]
-        for length in query_lens:
-            starts.append(starts[-1] + length)
-        self.query_start = starts  # CPU; [rows + 1] offsets of the rows in the token dimension
-        self.max_query_len = max(query_lens, default=0)
-        self.max_seq_len = max(self.seq_lens, default=0)
+        self.num_tokens = token_ids.shape[0]
+
+    @cached_property
+    def query_start_array(self) -> IntArray:
+        """[rows + 1] offsets of the rows in the token dimension."""
+        starts = np.zeros(self.num_rows + 1, dtype=np.int64)
+        self.query_lens_array.cumsum(out=starts[1:])
+        return starts
+
+    @cached_property
+    def query_lens(self) -> list[int]:
+        """Tokens of this step per row."""
+        return _as_list(self.query_lens_array)
+
+    @cached_property
+    def context_lens(self) -> list[int]:
+        """Tokens already in the cache per row."""
+        return _as_list(self.context_lens_array)
+
+    @cached_property
+    def seq_lens(self) -> list[int]:
+        """Tokens in the cache after this step per row."""
+        return _as_list(self.context_lens_array + self.query_lens_array)
+
+    @cached_property
+    def query_start(self) -> list[int]:
+        """`query_start_array` as a list."""
+        return _as_list(self.query_start_array)
+
+    @cached_property
+    def max_query_len(self) -> int:
+        """The most tokens of this step in a row; 0 without rows."""
+        return max(self.query_lens, default=0)
+
+    @cached_property
+    def max_seq_len(self) -> int:
+        """The longest sequence after this step; 0 without rows."""
+        return max(self.seq_lens, default=0)
+
+
+def _as_list(array: IntArray) -> list[int]:
+    values: list[int] = array.tolist()
+    return values

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from interlace.worker.control_group import memory_room
+
 
 def free_memory(device: str) -> int:
     """Bytes that can still be taken on `device`: the GPU's free memory, or what the operating system calls
-    available, within the control group's limit."""
+    available, within the control groups' limits."""
     if device.startswith("cuda"):
         import torch
 
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return min(_available(), _cgroup_room())
+    room = memory_room()
+    return _available() if room is None else min(_available(), room)
 
 
 def _available() -> int:
@@ -20,15 +23,6 @@ def _available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 1 << 62
-
-
-def _cgroup_room() -> int:
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (root / "memory.max").read_text().strip(), (root / "memory.current").read_text().strip()
-        return 1 << 62 if limit == "max" else max(0, int(limit) - int(used))
-    except (OSError, ValueError):
-        return 1 << 62
 
 
 def format_bytes(count: float) -> str:

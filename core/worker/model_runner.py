@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class ModelRunner:
         if not plan.slots:
             return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
         batch = self._batch.build(plan)
-        rows = [row for row, wanted in enumerate(plan.sample) if wanted]
-        hidden, logits = self.forward(batch, [batch.query_start[row + 1] - 1 for row in rows])
+        rows = _sampling_rows(plan)
+        hidden, logits = self.forward(batch, _outputs_of(batch, rows))
         prompt_logprobs = self._compute_prompt_logprobs(plan, batch, hidden) if self._prompt_logprobs else {}
         self._batch.advance(plan)
         errors: dict[int, str] = {}
@@ -75,8 +75,8 @@ class ModelRunner:
         marks = [self._now()]
         self._apply(plan)
         batch = self._batch.build(plan)
-        rows = [row for row, wanted in enumerate(plan.sample) if wanted]
-        outputs = [batch.query_start[row + 1] - 1 for row in rows]
+        rows = _sampling_rows(plan)
+        outputs = _outputs_of(batch, rows)
         marks.append(self._now())
         ops = self._program.profile(batch, outputs) if self._program else {}
         started = self._now()
@@ -101,7 +101,7 @@ class ModelRunner:
                 self._prompt_logprobs.add(admission.slot)
         self._batch.append_blocks(plan)
 
-    def forward(self, batch: ForwardBatch, outputs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`."""
         if self._program is not None:
             return self._program.run(batch, outputs)
@@ -114,26 +114,28 @@ class ModelRunner:
         return hidden, self._model.logits(hidden[torch.tensor(outputs, dtype=torch.int64, device=hidden.device)])
 
     def sample(
-        self, plan: StepPlan, rows: list[int], logits: torch.Tensor, errors: dict[int, str]
+        self, plan: StepPlan, rows: Sequence[int], logits: torch.Tensor, errors: dict[int, str]
     ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
         """Sample for `rows` of the plan, given their logits [rows, vocab]; fills `errors` for rows that cannot be.
 
         Returns (tokens per row of the plan, token ids, logprobs by row)."""
-        counts = [0] * len(plan.slots)
         if not rows:
-            return counts, [], {}
-        slots = [plan.slots[row] for row in rows]
+            return [0] * len(plan.slots), [], {}
+        slots = plan.slots if len(rows) == len(plan.slots) else [plan.slots[row] for row in rows]
         sampled = self._sampler.sample(logits, slots, self._batch.histories(slots))
-        token_ids, logprobs = [], {}
-        for index, (row, slot, token) in enumerate(zip(rows, slots, sampled.token_ids, strict=True)):
-            if index in sampled.errors:
-                errors[row] = sampled.errors[index]
-                continue
-            counts[row] = 1
-            token_ids.append(token)
-            self._batch.append_token(slot, token)
-            if index in sampled.logprobs:
-                logprobs[row] = [sampled.logprobs[index]]
+        token_ids = sampled.token_ids
+        if sampled.errors:
+            for index, message in sampled.errors.items():
+                errors[rows[index]] = message
+            sound = [index for index in range(len(rows)) if index not in sampled.errors]
+            slots, token_ids = [slots[index] for index in sound], [token_ids[index] for index in sound]
+        self._batch.append_tokens(slots, token_ids)
+        logprobs = {rows[index]: [entry] for index, entry in sampled.logprobs.items()}
+        if len(slots) == len(plan.slots):
+            return [1] * len(slots), token_ids, logprobs
+        counts = [0] * len(plan.slots)
+        for row in rows:
+            counts[row] = 0 if row in errors else 1
         return counts, token_ids, logprobs
 
     def _compute_prompt_logprobs(
@@ -153,3 +155,15 @@ class ModelRunner:
                 logits = self._model.logits(states[part])
                 found.setdefault(row, []).extend(self._sampler.prompt_logprobs(slot, logits, targets[part].tolist()))
         return found
+
+
+def _sampling_rows(plan: StepPlan) -> Sequence[int]:
+    return range(len(plan.sample)) if all(plan.sample) else [row for row, wanted in enumerate(plan.sample) if wanted]
+
+
+def _outputs_of(batch: ForwardBatch, rows: Sequence[int]) -> Sequence[int]:
+    """The place of each row's last token."""
+    if len(rows) == batch.num_tokens:  # a row is a token
+        return rows
+    ends = batch.query_start
+    return [ends[row + 1] - 1 for row in rows]

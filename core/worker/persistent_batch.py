@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from interlace.kv.specs import NULL_BLOCK, KVCacheConfig
@@ -27,6 +28,9 @@ class PersistentBatch:
         self._tables = [np.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=np.int32) for _ in kv.groups]
         self._num_blocks = [np.zeros(max_num_seqs, dtype=np.int64) for _ in kv.groups]
         self._block_size = kv.block_size
+        self._ones = np.ones(max_num_seqs, dtype=np.int64)
+        self._slots: list[int] = []  # what `_index` was last asked for, and its answer
+        self._slots_array = np.zeros(0, dtype=np.int64)
         self._device = device
 
     def admit(self, admission: Admission) -> None:
@@ -51,20 +55,25 @@ class PersistentBatch:
 
     def build(self, plan: StepPlan) -> ForwardBatch:
         """Flatten the plan's rows into tensors."""
-        slots = np.asarray(plan.slots, dtype=np.int64)
-        query_lens = np.asarray(plan.num_tokens, dtype=np.int64)
+        slots, num_rows = self._index(plan.slots), len(plan.slots)
         context_lens = self.num_computed[slots]
-        ends = np.cumsum(query_lens)
-        row_of = np.repeat(np.arange(len(slots)), query_lens)  # [tokens]
-        positions = np.arange(ends[-1]) - np.repeat(ends - query_lens, query_lens) + context_lens[row_of]
-        slot_of = slots[row_of]
-        block_of, offset = positions // self._block_size, positions % self._block_size
-        width = -(-int((context_lens + query_lens).max()) // self._block_size)
+        if plan.num_tokens.count(1) == num_rows:  # everybody decodes: a token is a row
+            query_lens = self._ones[:num_rows]
+            positions, slot_of, longest = context_lens, slots, int(context_lens.max()) + 1
+        else:
+            query_lens = np.array(plan.num_tokens, dtype=np.int64)
+            ends = np.cumsum(query_lens)
+            row_of = np.repeat(np.arange(num_rows), query_lens)  # [tokens]
+            positions = np.arange(ends[-1]) - np.repeat(ends - query_lens, query_lens) + context_lens[row_of]
+            slot_of, longest = slots[row_of], int((context_lens + query_lens).max())
+        block_of = positions // self._block_size
+        offset = positions - block_of * self._block_size
+        width = -(-longest // self._block_size)
         return ForwardBatch(
             token_ids=self._to_device(self.token_ids[slot_of, positions].astype(np.int64)),
             positions=self._to_device(positions),
-            query_lens=plan.num_tokens,
-            context_lens=context_lens.tolist(),
+            query_lens=query_lens,
+            context_lens=context_lens,
             block_tables=[self._to_device(table[slots, :width]) for table in self._tables],
             slot_mappings=[
                 self._to_device(table[slot_of, block_of].astype(np.int64) * self._block_size + offset)
@@ -74,12 +83,21 @@ class PersistentBatch:
 
     def advance(self, plan: StepPlan) -> None:
         """The plan's tokens are computed."""
-        self.num_computed[np.asarray(plan.slots, dtype=np.int64)] += np.asarray(plan.num_tokens, dtype=np.int64)
+        self.num_computed[self._index(plan.slots)] += plan.num_tokens
 
-    def append_token(self, slot: int, token: int) -> None:
-        """A token was sampled for a slot; the next step computes it."""
-        self.token_ids[slot, self.num_tokens[slot]] = token
-        self.num_tokens[slot] += 1
+    def append_tokens(self, slots: list[int], token_ids: list[int]) -> None:
+        """One token was sampled for each of `slots`, which are distinct; the next step computes them."""
+        index = self._index(slots)
+        known = self.num_tokens[index]
+        self.token_ids[index, known] = token_ids
+        self.num_tokens[index] = known + 1
+
+    def _index(self, slots: list[int]) -> npt.NDArray[np.int64]:
+        """`slots` as an array; while the same requests decode, it is made once. Not to be changed."""
+        if slots != self._slots:
+            self._slots = slots
+            self._slots_array = np.array(slots, dtype=np.int64)
+        return self._slots_array
 
     def histories(self, slots: Sequence[int]) -> Histories:
         """All known tokens of each of `slots`, as views made on demand."""

@@ -20,6 +20,7 @@ from interlace.worker.memory import free_memory
 from interlace.worker.model_runner import ModelRunner
 from interlace.worker.persistent_batch import PersistentBatch
 from interlace.worker.sizing import AttentionPlan, build_context, plan_attention, plan_kernels, plan_weights, size_cache
+from interlace.worker.threads import plan_threads
 
 OnEvent = Callable[[ExecutorEvent], None]
 
@@ -39,8 +40,8 @@ class Worker:
         `began` is when the executor started to import this module: torch takes a second that nothing else counts."""
         spec, now = self._spec, self._clock.now
         began = now() if began is None else began
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
+        threads = plan_threads(spec.threads)
+        torch.set_num_threads(threads.count)  # also what native kernels take
         model_class: type[Model] = spec.architecture.load()
         attention = plan_attention(spec, model_class)
         kernels, kernel_selections = plan_kernels(spec)
@@ -68,9 +69,10 @@ class Worker:
             self._runner = ModelRunner(model, layers, batch, sampler, now, program)
             # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
             torch.set_num_threads(1)
+        running = Selection("threads", str(threads.count), threads.reason)
         return ExecutorInfo(
             kv=kv,
-            selections=(*attention.selections, *kernel_selections, how_kept, step),
+            selections=(*attention.selections, *kernel_selections, how_kept, step, running),
             timings={"import": imported - began, "weights": loaded - imported, "cache": now() - loaded},
         )
 

@@ -16,3 +16,9 @@ def interlace_attention() -> Iterable[Provider]:
         api="1",
         options="interlace.interfaces.attention:AttentionBackend.Options",  # none of its own
     )
+    yield Provider(
+        name="native",
+        target="interlace.plugins.attention.native:NativeAttention",
+        summary="C++ for CPUs: AVX-512, AVX2 or portable; batch-invariant; 8-bit cache as an option",
+        api="1",
+    )

@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_MOST_VALUES = 1 << 18
-"""Values decoded at a time, so that what lies between the steps stays in the processor's cache."""
-
 
 def decode(type_name: str, data: torch.Tensor) -> torch.Tensor:
-    """Rows of blocks [rows, bytes of a row] uint8 -> their values [rows, in] in float32."""
+    """Rows of blocks [rows, bytes of a row] uint8 -> their values [rows, in] in float32. What lies between the steps
+    takes more memory than the values: give some rows at a time."""
     import torch
 
     block_values, block_bytes, decode_blocks = FORMATS[type_name]
-    rows, row_bytes = data.shape
-    values = torch.empty(rows, row_bytes // block_bytes * block_values)
-    step = max(1, _MOST_VALUES // max(1, values.shape[1]))
-    for first in range(0, rows, step):
-        blocks = data[first : first + step].reshape(-1, block_bytes)
-        decode_blocks(blocks, values[first : first + step].view(-1, block_values))
-    return values
+    blocks = data.reshape(-1, block_bytes)
+    values = torch.empty(len(blocks), block_values, device=data.device)
+    decode_blocks(blocks, values)
+    return values.view(data.shape[0], -1)
 
 
 def _half(blocks: torch.Tensor, first: int) -> torch.Tensor:
@@ -59,7 +54,7 @@ def _q5(blocks: torch.Tensor, out: torch.Tensor, minimum: bool) -> None:
 
     first = 4 if minimum else 2
     mask = blocks[:, first : first + 4].unsqueeze(-1)  # [blocks, 4, 1]
-    fifth = ((mask >> torch.arange(8, dtype=torch.uint8)) & 1) << 4  # [blocks, 4, 8]
+    fifth = ((mask >> torch.arange(8, dtype=torch.uint8, device=blocks.device)) & 1) << 4  # [blocks, 4, 8]
     packed = blocks[:, None, first + 4 :]
     out.copy_(_nibbles(packed).view(-1, 32) | fifth.view(-1, 32))
     _scale(blocks, out, 16, minimum)
@@ -105,7 +100,7 @@ def _q5_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     import torch
 
     scales, minima = _k_scales(blocks)
-    bits = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    bits = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(1, 8, 1)
     fifth = ((blocks[:, None, 16:48] >> bits) & 1) << 4  # [blocks, 8, 32]
     groups = out.view(-1, 8, 32)
     groups.copy_(_nibbles(blocks[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32) | fifth)
@@ -118,7 +113,7 @@ def _q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     import torch
 
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(1, 1, 4, 1)
     high = ((blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3) << 4  # [blocks, 2, 4, 32]
     scales = _half(blocks, 208) * blocks.view(torch.int8)[:, 192:208]
     out.copy_((low | high).view(-1, 256))

@@ -16,3 +16,9 @@ def interlace_kernels() -> Iterable[Provider]:
         api="1",
         options="interlace.interfaces.kernels:Kernels.Options",  # none of its own
     )
+    yield Provider(
+        name="native",
+        target="interlace.plugins.kernels.native:NativeKernels",
+        summary="C++ for CPUs: AVX-512, AVX2 or portable; batch-invariant; whole steps in one call",
+        api="1",
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +18,9 @@ from interlace.plugins.native.library import Library, NativeUnavailableError
 from interlace.plugins.native.linear import WAYS, NativeLinear, block_linear, kept_as
 from interlace.plugins.native.program import NativeProgram
 from interlace.plugins.native.tape import NotRecordableError, Tape
+
+if TYPE_CHECKING:
+    from interlace.sampling.distribution import Shape
 
 
 class NativeKernels(Kernels):
@@ -30,7 +35,23 @@ class NativeKernels(Kernels):
             default="auto", description="Instruction set to use; `auto`: the best this CPU has."
         )
 
-    batch_invariant: ClassVar[frozenset[str]] = frozenset({"silu_mul", "make_linear", "make_block_linear", "make_head"})
+    batch_invariant: ClassVar[frozenset[str]] = frozenset(
+        {
+            "rms_norm",
+            "add_rms_norm",
+            "rope",
+            "silu_mul",
+            "gelu_mul",
+            "scale",
+            "embedding",
+            "make_block_embedding",
+            "make_linear",
+            "make_block_linear",
+            "make_head",
+            "argmax",
+            "draw",
+        }
+    )
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
         super().__init__(options, spec)
@@ -65,17 +86,54 @@ class NativeKernels(Kernels):
         except NotRecordableError as error:
             return str(error)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, size = gate_up.shape[0], gate_up.shape[-1] // 2
-        out = self._tape.empty((rows, size), gate_up.dtype)
-        self._tape.emit(
-            native.SILU_MUL,
-            gate_up.dtype,
-            rows,
-            (size, gate_up.stride(0), out.stride(0)),
+    # ── Norms and positions ─────────────────────────────────────────────────────────────────────────────────────
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
+        x, weight = _dense_last(x), weight.contiguous()
+        size = x.shape[-1]
+        rows = x if x.dim() == 3 else x.unsqueeze(1)  # [rows, heads, size]
+        out = self._tape.empty(rows.shape, x.dtype)
+        strides = (rows.stride(0), rows.stride(1), out.stride(0), out.stride(1))
+        self._emit(native.RMS_NORM, rows, (size, rows.shape[1], *strides, unit_offset), (eps,), (rows, weight, out))
+        return out.view(x.shape)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual, weight = _dense_last(x), _dense_last(residual), weight.contiguous()
+        out = self._tape.empty(x.shape, x.dtype)
+        integers = (x.shape[-1], x.stride(0), residual.stride(0), out.stride(0), unit_offset)
+        self._emit(native.ADD_RMS_NORM, x, integers, (eps,), (x, residual, weight, out))
+        return out, residual
+
+    def rope(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, cos_sin = _dense_last(query), _dense_last(key), cos_sin.contiguous()
+        turned, turned_key = (self._tape.empty(x.shape, x.dtype) for x in (query, key))
+        head_size, rotary = query.shape[2], cos_sin.shape[1]
+        strides = (*query.stride()[:2], *key.stride()[:2], turned.stride(0), turned_key.stride(0))
+        self._emit(
+            native.ROPE,
+            query,
+            (head_size, rotary, query.shape[1], key.shape[1], *strides, cos_sin.shape[0]),
             (),
-            (self._tape.address(gate_up), self._tape.address(out)),
+            (query, key, turned, turned_key, positions.contiguous(), cos_sin),
         )
+        return turned, turned_key
+
+    # ── Values one by one ───────────────────────────────────────────────────────────────────────────────────────
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gate(native.SILU_MUL, gate_up)
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gate(native.GELU_MUL, gate_up)
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        x = _dense_last(x)
+        out = self._tape.empty(x.shape, x.dtype)
+        self._emit(native.SCALE, x, (x.shape[1], x.stride(0), out.stride(0)), (factor,), (x, out))
         return out
 
     # ── Linear layers ───────────────────────────────────────────────────────────────────────────────────────────
@@ -96,3 +154,70 @@ class NativeKernels(Kernels):
         else:
             run = block_linear(self._tape, self.spec, weight, None)
         return lambda hidden: run(hidden, wide=True)
+
+    def _gate(self, code: int, gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = _dense_last(gate_up)
+        out = self._tape.empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
+        self._emit(code, gate_up, (out.shape[1], gate_up.stride(0), out.stride(0)), (), (gate_up, out))
+        return out
+
+    # ── Rows ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        token_ids, weight = token_ids.contiguous(), _dense_last(weight)
+        out = self._tape.empty((token_ids.shape[0], weight.shape[1]), weight.dtype)
+        integers = (weight.shape[1], weight.shape[0], weight.stride(0), out.stride(0))
+        self._emit(native.EMBEDDING, out, integers, (), (token_ids, weight, out))
+        return out
+
+    def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+        form = native.BLOCK_FORMATS.get(weight.format)
+        if form is None:
+            return super().make_block_embedding(weight)
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        data = weight.data if weight.data.stride(1) == 1 else weight.data.contiguous()
+
+        def embed(token_ids: torch.Tensor) -> torch.Tensor:
+            token_ids = token_ids.contiguous()
+            out = self._tape.empty((token_ids.shape[0], weight.shape[1]), dtype)
+            integers = (weight.shape[1], weight.shape[0], data.stride(0), out.stride(0), form)
+            self._emit(native.BLOCK_EMBEDDING, out, integers, (), (token_ids, data, out))
+            return out
+
+        return embed
+
+    def argmax(self, logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        logits = _dense_last(logits)
+        rows = logits.shape[0]
+        best, peaks = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
+        self._emit(native.ARGMAX, logits, (logits.shape[1], logits.stride(0)), (), (logits, best, peaks))
+        return best.numpy(), peaks.numpy()
+
+    def draw(
+        self, logits: torch.Tensor, rows: list[int], shapes: Sequence[Shape], uniforms: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.int64]:
+        logits = _dense_last(logits)
+        if logits.shape[1] > native.DRAW_LIMIT:
+            return super().draw(logits, rows, shapes, uniforms)
+        chosen, cuts = np.array(rows, dtype=np.int64), np.array(shapes, dtype=np.float64)  # cuts [rows, 4]
+        uniforms, drawn = np.ascontiguousarray(uniforms), np.empty(len(rows), dtype=np.int64)
+        pointers = (logits.data_ptr(), *(array.ctypes.data for array in (chosen, cuts, uniforms, drawn)))
+        self._tape.emit(native.DRAW, logits.dtype, len(rows), (logits.shape[1], logits.stride(0)), (), pointers)
+        return drawn
+
+    def _emit(
+        self,
+        code: int,
+        rows: torch.Tensor,
+        integers: Sequence[int],
+        floats: Sequence[float],
+        tensors: Sequence[torch.Tensor],
+    ) -> None:
+        """An op over the rows of `rows`, in its type."""
+        addresses = [self._tape.address(tensor) for tensor in tensors]
+        self._tape.emit(code, rows.dtype, rows.shape[0], integers, floats, addresses)
+
+
+def _dense_last(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if neighbours along the last dimension are not neighbours in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -31,7 +31,13 @@ TOKENS, OUTPUTS = -1, -2
     COPY_ROWS,
     SCALE,
     BLOCK_EMBEDDING,
-) = range(12)
+    DRAW,
+) = range(13)
+
+BLOCK_FORMATS = {
+    "Q4_0": 10, "Q4_1": 11, "Q5_0": 12, "Q5_1": 13, "Q8_0": 14, "Q4_K": 20, "Q5_K": 21, "Q6_K": 22,
+}  # fmt: skip
+"""GGUF's name of a block format → il_format."""
 
 OP_NAMES = (
     "rms_norm",
@@ -46,8 +52,12 @@ OP_NAMES = (
     "copy_rows",
     "scale",
     "block_embedding",
+    "draw",
 )
 """By code."""
+
+DRAW_LIMIT = 500_000
+"""Largest vocabulary that `DRAW` has room for."""
 
 
 class Op(ctypes.Structure):

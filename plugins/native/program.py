@@ -34,7 +34,7 @@ class NativeProgram(StepProgram):
         num_groups = 1 + max((layer.group for layer in layers), default=0)
         token_ids = torch.zeros(max_tokens, dtype=torch.int64)
         positions = torch.zeros(max_tokens, dtype=torch.int64)
-        context = ForwardContext(layers, [Recording(group) for group in range(num_groups)])
+        context = ForwardContext(layers, [Recording(tape, group) for group in range(num_groups)])
         with tape.recording(max_tokens, max_outputs, [token_ids, positions]) as ops:
             self._hidden = model.forward(token_ids, positions, context).hidden
             self._head = len(ops)  # from here on, ops work on the output rows

@@ -19,6 +19,7 @@ class StepBuffers:
         self._query_start = np.zeros(max_rows + 1, dtype=np.int32)
         self._context_lens = np.zeros(max_rows, dtype=np.int32)
         self._outputs = np.zeros(max_outputs, dtype=np.int64)
+        self._places = np.arange(max_rows, dtype=np.int64)
         self._groups = (Group * 1)()
         self._step = Step(
             query_start=self._query_start.ctypes.data,
@@ -29,9 +30,9 @@ class StepBuffers:
     def fill(self, batch: ForwardBatch, outputs: Sequence[int] = ()) -> Step:
         """The step of `batch`, with logits wanted at `outputs`."""
         step, rows = self._step, batch.num_rows
-        self._query_start[: rows + 1] = batch.query_start
-        self._context_lens[:rows] = batch.context_lens
-        self._outputs[: len(outputs)] = outputs
+        self._query_start[: rows + 1] = batch.query_start_array
+        self._context_lens[:rows] = batch.context_lens_array
+        self._outputs[: len(outputs)] = self._places[:rows] if outputs == range(rows) else outputs
         step.num_tokens, step.num_rows, step.num_outputs = batch.num_tokens, rows, len(outputs)
         step.token_ids, step.positions = batch.token_ids.data_ptr(), batch.positions.data_ptr()
         if len(self._groups) != len(batch.block_tables):

@@ -28,6 +28,7 @@ _VIEWS = frozenset(
 class Recording(NamedTuple):
     """Stands for an attention backend's metadata while a model is recorded: a step will state the rest."""
 
+    tape: Tape
     group: int
 
 
@@ -37,6 +38,10 @@ class NotRecordableError(Exception):
 
 class _NoCompute(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses every torch op that is not a view."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, for a second and more, to be told not to compile this
 
     def __torch_dispatch__(
         self,

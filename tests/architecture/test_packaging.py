@@ -73,4 +73,6 @@ def test_wheel_holds_exactly_the_package(repo_root, tmp_path):
         f"interlace/{p.relative_to(repo_root / 'core').as_posix()}" for p in (repo_root / "core").rglob("*.tmpl")
     }
     assert templates and {name for name in names if name.endswith(".tmpl")} == templates
+    page = {f"interlace/server/page/{p.name}" for p in (repo_root / "core" / "server" / "page").iterdir()}
+    assert len(page) > 5 and {name for name in names if name.startswith("interlace/server/page/")} == page
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -12,6 +12,7 @@ import torch
 from interlace.errors import CheckpointError, ConfigError
 from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, Parallel
+from interlace.interfaces.weights import BlockWeight
 from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from interlace.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from interlace.layers.mlp import GatedMLP
@@ -189,3 +190,78 @@ def test_tied_head_uses_the_embedding_and_passes_over_its_copy():
     head.finish()
     hidden = torch.randn(2, 4)
     assert torch.allclose(head(hidden), hidden @ weight.T, atol=1e-6)
+
+
+# ── Blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def decode_bytes(data: torch.Tensor) -> torch.Tensor:
+    return data.float() - 100.0
+
+
+def bytes_weight(rows: int, columns: int) -> BlockWeight:
+    """A made-up format: every value a byte."""
+    data = torch.randint(90, 110, (rows, columns), dtype=torch.uint8)
+    return BlockWeight("BYTES", (rows, columns), data, decode_bytes)
+
+
+class KeepingKernels(Kernels):
+    """Counts what stays in blocks."""
+
+    kept: list[list[tuple[int, int]]]
+
+    def make_block_linear(self, parts: Any, bias: torch.Tensor | None = None) -> Any:
+        self.__dict__.setdefault("kept", []).append([part.shape for part in parts])
+        return super().make_block_linear(parts, bias)
+
+
+def layers_over(build: BuildContext, table: WeightTable) -> Any:
+    embedding = VocabParallelEmbedding(build, table.at("embed"), 7, 4)
+    head = VocabParallelHead(build, table.at("lm_head"), 7, 4, tied=embedding)
+    gate_up = ColumnParallelLinear(build, table, {"gate": 6, "up": 6}, 4)
+    down = RowParallelLinear(build, table, "down", 6, 4)
+    return embedding, gate_up, down, head
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("way", ["auto", "as-shipped", "bf16", "float32", "mixed"])
+def test_blocks_are_kept_or_decoded_and_mean_the_same(way, size):
+    blocks = {"gate": bytes_weight(6, 4), "up": bytes_weight(6, 4), "down": bytes_weight(4, 6)}
+    blocks |= {"embed": bytes_weight(7, 4)}
+    values = {name: weight.dequantize() for name, weight in blocks.items()}  # small whole numbers: exact in bfloat16
+    given: dict[str, Any] = {f"{name}.weight": weight for name, weight in blocks.items()}
+    if way == "mixed":
+        given["up.weight"] = values["up"]
+    weights = "as-shipped" if way == "mixed" else way
+    token_ids, logits, total = torch.tensor([6, 0, 3]), [], torch.zeros(3, 4)
+    for rank in range(size):
+        kernels = KeepingKernels(KeepingKernels.Options(), KernelSpec("float32", "cpu", weights))
+        context, table = build(rank, size, kernels), WeightTable()
+        embedding, gate_up, down, head = layers_over(context, table)
+        table.load(given.items())
+        head.finish()
+        kept = vars(kernels).get("kept", [])
+        if way in ("as-shipped", "mixed"):
+            gate_up_shapes = [] if way == "mixed" else [[(6 // size, 4)] * 2]
+            down_shapes = [[(4, 6)]] if size == 1 else []  # blocks cannot be cut by columns
+            assert kept == [*gate_up_shapes, *down_shapes, [(-(-7 // size), 4)]]
+        else:
+            assert not kept, "auto in float32 decodes, for exact results"
+        total += embedding(token_ids)
+        x = torch.ones(3, 4)
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        part = slice(rank * (6 // size), (rank + 1) * (6 // size))
+        assert torch.equal(gate, x @ values["gate"][part].T) and torch.equal(up, x @ values["up"][part].T)
+        assert torch.equal(down(x[:, :1].expand(3, 6 // size)), values["down"][:, part].sum(1).expand(3, 4))
+        logits.append(head(x))
+    assert torch.equal(total, values["embed"][token_ids])
+    assert torch.equal(torch.cat(logits, dim=-1)[:, :7], x @ values["embed"].T)
+
+
+def test_only_layers_that_ask_for_blocks_get_them():
+    table, got = WeightTable(), []
+    table.expect("plain", (2, 4), got.append)
+    table.expect("blocks", (2, 4), got.append, blocks=True)
+    weight = bytes_weight(2, 4)
+    table.load([("plain", weight), ("blocks", weight)])
+    assert torch.equal(got[0], weight.dequantize()) and got[1] is weight

@@ -14,11 +14,14 @@ import pytest
 from interlace.clock import MonotonicClock
 from interlace.config import load_settings
 from interlace.engine.async_llm import AsyncLLM
+from interlace.engine.client import EngineClient
+from interlace.engine.front import Front
 from interlace.server.app import create_app
 from interlace.server.auth import read_keys
 from interlace.server.http import make_server, wrap
 from interlace.server.metrics.http import CountRequests
 from interlace.server.state import ServerState
+from interlace.testing.front import fake_assembly
 
 MODEL = "smollm2"
 SMALL = {
@@ -90,6 +93,12 @@ def run_server(llm: AsyncLLM | None = None, **settings: Any) -> Iterator[Running
 def serving() -> Callable[..., contextlib.AbstractContextManager[Running]]:
     """`with serving(server={…}) as running` serves with settings of one's own, beside those of `SMALL`."""
     return lambda **settings: run_server(**(SMALL | settings))
+
+
+@pytest.fixture(scope="session")
+def serving_engine() -> Callable[[EngineClient], contextlib.AbstractContextManager[Running]]:
+    """`with serving_engine(client) as running` serves over a fake engine, with a byte tokenizer."""
+    return lambda client: run_server(AsyncLLM.from_front(Front(fake_assembly(client))))
 
 
 @pytest.fixture(scope="session")

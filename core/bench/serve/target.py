@@ -112,12 +112,14 @@ def _advice(status: int) -> str:
     return ". Does --base-url end in /v1?" if status == 404 else ""
 
 
-async def probe(target: Target, item: ServeItem, clock: Clock, ask_exact: Literal["auto", "on", "off"]) -> Target:
-    """Send short requests until one is accepted, leaving out fields that the server refuses (400, 422), and return the
-    target with the fields that remain. `ask_exact`: whether `ignore_eos` is tried, insisted on, or left out.
+async def probe(target: Target, like: ServeItem, clock: Clock, ask_exact: Literal["auto", "on", "off"]) -> Target:
+    """Send short requests of the form of `like` until one is accepted, leaving out fields that the server refuses (400,
+    422), and return the target with the fields that remain. `ask_exact`: whether `ignore_eos` is tried, insisted on,
+    or left out.
 
     Raises `TargetError` with the server's own message if none is accepted."""
-    short = msgspec.structs.replace(item, max_tokens=min(PROBE_TOKENS, item.max_tokens))
+    # So short that no prefix cache keeps anything of it: `like` will be sent again, and measured.
+    short = ServeItem("Hello" if isinstance(like.prompt, str) else like.prompt[:1], PROBE_TOKENS)
     last: Exchange | None = None
     async with open_session() as session:
         for ignore_eos, include_usage in _field_sets(ask_exact):

@@ -217,7 +217,11 @@ HISTOGRAMS: tuple[Metric, ...] = (
         "request_prefill_kv_computed_tokens", "Prompt tokens not found in the prefix cache.", "request_computed_tokens"
     ),
     _histogram("request_max_num_generation_tokens", "Output tokens of the longest sample.", "request_longest_output"),
-    _histogram("request_params_max_tokens", "`max_tokens` of the requests that state it.", "request_max_tokens"),
+    _histogram(
+        "request_params_max_tokens",
+        "Most output tokens of a sample: as asked for, or as many as fit.",
+        "request_max_tokens",
+    ),
     _histogram("request_params_n", "Samples of a request.", "request_n"),
     _histogram("request_num_preemptions", "Preemptions of a request.", "request_preemptions"),
     _histogram("iteration_tokens_total", "Tokens computed in a step.", "iteration_tokens"),

@@ -104,5 +104,4 @@ class EngineTotals(Observer):
         self.request_longest_output.observe(max(summary.sample_lengths, default=0))
         self.request_n.observe(len(summary.sample_lengths))
         self.request_preemptions.observe(summary.num_preemptions)
-        if summary.max_tokens is not None:
-            self.request_max_tokens.observe(summary.max_tokens)
+        self.request_max_tokens.observe(summary.max_tokens)

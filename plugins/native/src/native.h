@@ -33,6 +33,7 @@ enum il_code : int32_t {
   IL_COPY_ROWS = 9,
   IL_SCALE = 10,
   IL_BLOCK_EMBEDDING = 11,
+  IL_DRAW = 12,
   IL_NUM_CODES
 };
 

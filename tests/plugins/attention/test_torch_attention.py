@@ -59,5 +59,5 @@ def test_supports():
 
 
 def test_provider_is_listed():
-    (provider,) = interlace_attention()
+    provider, *_ = interlace_attention()
     assert provider.name == "torch" and provider.target == "interlace.plugins.attention.torch:TorchAttention"

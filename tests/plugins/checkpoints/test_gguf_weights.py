@@ -87,6 +87,7 @@ def test_blocks_are_cut_padded_and_joined():
     assert torch.equal(weight[2:5].dequantize(), whole[2:5]) and weight[2:5].shape == (3, 64)
     assert torch.equal(weight[[5, 0]].dequantize(), whole[[5, 0]])
     assert torch.equal(weight[:, 16:40], whole[:, 16:40]), "blocks cannot be cut: columns come as values"
+    assert isinstance(weight[1:3, 0:64], BlockWeight), "all columns are no cut"
     assert torch.equal(weight.pad(8).dequantize(), torch.cat((whole, torch.zeros(2, 64))))
     assert torch.equal(weight.dequantize(torch.bfloat16), whole.bfloat16())
     joined = join_rows([weight[:2], torch.ones(1, 64), weight[2:]], torch.bfloat16, "cpu")

@@ -168,5 +168,12 @@ def test_an_id_in_use(http):
 
 def test_huge_numbers_that_mean_something(http):
     """Of what has no upper limit in its meaning, the greatest integers pass."""
-    body = {"prompt": "Hi", "max_tokens": 2**62, "top_k": 2**40, "priority": 2**62, "stop": ["."], "seed": 2**62}
+    body = {
+        "prompt": "Hi",
+        "max_tokens": 2**62,
+        "top_k": 2**40,
+        "priority": 2**62,
+        "stop": ["a", "e", "i", "o", "u"],
+        "seed": 2**62,
+    }
     assert http.post(COMPLETIONS, json=body | {"truncate_prompt_tokens": 2**62}).status_code == 200

@@ -133,3 +133,25 @@ def test_keys_of_logit_bias_are_token_ids(key):
 def test_labels():
     request = parse(ChatRequest, CHAT | {"user": "ada", "metadata": {"class": "batch"}})
     assert request.labels == {"user": "ada", "class": "batch"}
+
+
+BOUNDED = {
+    name: field.json_schema_extra
+    for name, field in GenerationRequest.model_fields.items()
+    if field.json_schema_extra and name in SamplingParams.__struct_fields__
+}
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDED))
+def test_described_bounds_are_those_of_the_engine(name):
+    bounds = BOUNDED[name]
+    integer = name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "prompt_logprobs")
+    step = 1 if integer else 1e-7
+    for side, sign in (("minimum", -1), ("maximum", 1)):
+        if side in bounds:
+            SamplingParams(**({"max_tokens": None} | {name: bounds[side]}))
+            with pytest.raises(InvalidRequestError, match=name):
+                SamplingParams(**{name: bounds[side] + sign * step * max(1, abs(bounds[side]) if not integer else 1)})
+    if "exclusiveMinimum" in bounds:
+        with pytest.raises(InvalidRequestError, match=name):
+            SamplingParams(**{name: bounds["exclusiveMinimum"]})

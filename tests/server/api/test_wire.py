@@ -111,6 +111,20 @@ def test_version_and_description(http):
         assert name.partition('"')[0] in components
 
 
+def test_the_description_as_a_page(http):
+    page = http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for words in (
+        "POST /v1/chat/completions",
+        "ChatRequest",
+        "repetition_penalty",
+        "list of ChatMessage",
+        "/detokenize",
+    ):
+        assert words in page.text
+    assert "//" not in page.text, "nothing is loaded from elsewhere"
+
+
 def test_nowhere_and_wrong_method(http):
     missing = http.get("/v1/embeddings")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"

@@ -142,13 +142,12 @@ def test_killed_again_and_again_it_ends_with_what_one_run_gives(smollm2_path, fi
     draw = random.Random(1)
     kills = 0
     for share in (0, 0.1, 0.3, 0.7):  # of the lines that are answered when it is killed, at least
-        process = subprocess.Popen(command(source, output), stderr=subprocess.PIPE)
+        process = subprocess.Popen(command(source, output), stderr=subprocess.DEVNULL)
         while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < share * 41):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        process.stderr.close()
     assert kills == 4
     assert output.read_bytes().count(b"\n") < 41, "the kills came too late to show anything"
     last = subprocess.run(command(source, output), capture_output=True, text=True, timeout=300)
@@ -185,15 +184,16 @@ def test_a_full_disk_stops_it_cleanly_and_more_room_lets_it_go_on(smollm2_path, 
 
 
 @pytest.mark.slow
-def test_an_engine_process_that_dies_is_waited_for(smollm2_path, files):
+def test_an_engine_process_that_dies_is_waited_for(smollm2_path, files, tmp_path):
     source, output = files
     write(source, *(request(f"c{number}", f"{number} pears and", max_tokens=40) for number in range(24)))
-    process = subprocess.Popen([*command(source, output), "--engine.process", "subprocess"], stderr=subprocess.PIPE)
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command(source, output), "--engine.process", "subprocess"], stderr=stderr)
     while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 3):
         time.sleep(0.01)
     children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
     [child] = [line.split()[0] for line in children.stdout.splitlines() if "subprocess_main" in line]
     os.kill(int(child), signal.SIGKILL)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
-    process.stderr.close()
+    assert process.wait(timeout=120) == 0, log.read_text()
     assert len(texts(output)) == 24

@@ -99,7 +99,7 @@ async def say_words(body, reply):
 
 
 @contextlib.asynccontextmanager
-async def serving(fake):
+async def listening(fake):
     runner = web.AppRunner(fake.app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -114,7 +114,7 @@ async def serving(fake):
 async def fake_here():
     """(server, base URL) in the event loop of the test."""
     fake = FakeOpenAI()
-    async with serving(fake) as url:
+    async with listening(fake) as url:
         yield fake, url
 
 
@@ -126,7 +126,7 @@ def fake_beside():
     async def main():
         found["stop"] = asyncio.Event()
         found["loop"] = asyncio.get_running_loop()
-        async with serving(fake) as url:
+        async with listening(fake) as url:
             found["url"] = url
             ready.set()
             await found["stop"].wait()

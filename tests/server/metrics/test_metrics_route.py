@@ -156,7 +156,7 @@ def test_refused_requests_are_counted_under_bounded_labels(served):
     running, client = served
     assert httpx.get(f"{running.url}/metrics").status_code == 401
     assert client.get("/no/such/route").status_code == 404
-    assert client.post("/v1/completions", content=b"{").status_code == 400
+    assert client.post("/v1/completions", json={}).status_code == 400
     series = {
         tuple(s.labels[name] for name in ("method", "route", "status")) for s in families(client)["http_requests"][1]
     }

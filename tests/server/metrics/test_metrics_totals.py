@@ -80,7 +80,6 @@ def test_requests_that_reached_nothing_have_no_times():
     assert totals.finished["error"] == 1 and totals.error_codes == {"deadline": 1}
     assert totals.e2e.total == 2.0
     assert totals.queue.count == totals.decode.count == totals.time_per_output_token.count == 0
-    assert totals.request_max_tokens.count == 0
 
 
 def test_names_are_unique_and_explained():

@@ -108,3 +108,40 @@ async def test_large_bodies_are_no_headers():
             writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             assert b"1000000 bytes" in await read(reader)
         writer.close()
+
+
+async def test_who_does_not_read_is_not_written_for():
+    """The application waits as soon as a little is under way, and learns that the client is gone."""
+    sent, ended = 0, asyncio.Event()
+
+    async def endless(scope, receive, send):
+        nonlocal sent
+        if scope["type"] != "http" or scope["path"] != "/endless":
+            return await hello(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        leaving = asyncio.ensure_future(wait_for_disconnect(receive))
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            sent += 65536
+        ended.set()
+
+    async def wait_for_disconnect(receive):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with serving(endless) as connect:
+        _, writer = await connect()
+        writer.transport.pause_reading()
+        writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        before = -1
+        while before != sent or not sent:
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 32 << 20  # what fits into the buffers of two sockets
+        other, writing = await connect()
+        writing.write(GET)
+        assert b"0 bytes" in await read(other)
+        writing.close()
+        assert not ended.is_set()
+        writer.transport.abort()
+        await asyncio.wait_for(ended.wait(), 30)

@@ -1,0 +1,150 @@
+// The two products of attention, on a tile of up to 256 tokens of the cache and a few query rows.
+//
+// Every value is one chain of fused operations over the head (scores) or over the tokens (sums), in ascending order. The
+// shape of a kernel only says how many such chains run side by side, so bits do not depend on it.
+#pragma once
+
+#include "attention_cache.h"
+
+namespace IL_ISA {
+
+constexpr int64_t TILE = 256;                      // tokens, aligned to positions
+constexpr int64_t TILE_GRANULES = TILE / GRANULE;
+constexpr int64_t MAX_ROWS = 24;                   // query rows of a piece of work
+constexpr int VECTORS = GRANULE / LANES;           // of the words of a granule's 16 tokens
+
+#if defined(IL_AVX512)
+constexpr int KERNEL_ROWS = 6, KERNEL_COLUMNS = 4;  // 24 accumulators of 32 registers
+#elif defined(IL_AVX2)
+constexpr int KERNEL_ROWS = 4, KERNEL_COLUMNS = 2;  // 8 of 16: products of bfloat16 need some in between
+#else
+constexpr int KERNEL_ROWS = 3, KERNEL_COLUMNS = 2;
+#endif
+
+inline vuint load_words(const void *from) {
+  vuint words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+
+inline vfloat as_float(vuint bits) {
+  vfloat value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// sum + a · b for words of T: one product, or two.
+template <typename T>
+inline vfloat dot(vfloat sum, vuint a, vuint b);
+template <>
+inline vfloat dot<float>(vfloat sum, vuint a, vuint b) {
+  return fma(as_float(a), as_float(b), sum);
+}
+template <>
+inline vfloat dot<bf16>(vfloat sum, vuint a, vuint b) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+                                                   reinterpret_cast<__m512bh>(b)));
+#else
+  sum = fma(as_float(a << 16), as_float(b << 16), sum);
+  return fma(as_float(a & 0xffff0000u), as_float(b & 0xffff0000u), sum);
+#endif
+}
+
+// What the kernels read and write; scratch of one thread. T: type of the activations.
+template <typename T>
+struct KeyTile {
+  alignas(64) uint32_t query[MAX_ROWS][MAX_HEAD_SIZE];  // words
+  alignas(64) float scores[MAX_ROWS][TILE];
+  alignas(64) T weights[MAX_ROWS][TILE];
+  alignas(64) float sums[MAX_ROWS][MAX_HEAD_SIZE];      // of weights times values, over all tiles so far
+  float largest[MAX_ROWS], total[MAX_ROWS];             // over all tiles so far: largest score, sum of the weights
+  float keep[MAX_ROWS], take[MAX_ROWS];                 // factors of what was there before this tile, and of this tile
+  const uint8_t *keys[TILE_GRANULES], *values[TILE_GRANULES];
+  alignas(64) float key_scales[TILE], value_scales[TILE];
+  alignas(64) T wide[2][TILE * MAX_HEAD_SIZE];          // 8-bit keys and values, widened
+};
+
+// scores[row + r][column * LANES ..] = query · key, for R rows and C vectors of tokens.
+template <typename T, int R, int C>
+void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
+  const uint8_t *keys[C];
+  for (int c = 0; c < C; ++c)
+    keys[c] = tile.keys[(column + c) / VECTORS] + (column + c) % VECTORS * int64_t{sizeof(vuint)};
+  vfloat sums[R][C] = {};
+  for (int64_t word = 0; word < words; ++word) {
+    vuint key[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) key[c] = load_words(keys[c] + word * GRANULE * 4);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vuint query = vuint{} + tile.query[row + r][word];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = dot<T>(sums[r][c], query, key[c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(tile.scores[row + r] + (column + c) * LANES, sums[r][c]);
+}
+
+// What is kept of the sums so far, plus a tile's own: the one place that joins tiles.
+inline vfloat joined(vfloat before, vfloat keep, vfloat own, vfloat take) { return fma(before, keep, own * take); }
+
+// sums[row + r][column * LANES ..] joined with weights · values, for R rows and C vectors along the head.
+template <typename T, int R, int C>
+void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
+  constexpr int64_t WORDS = GRANULE * sizeof(T) / 4;
+  vfloat sums[R][C] = {};
+  for (int64_t granule = 0; granule < granules; ++granule) {
+    const uint8_t *values = tile.values[granule] + column * int64_t{sizeof(vuint)};
+    for (int64_t word = 0; word < WORDS; ++word) {
+      vuint value[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) value[c] = load_words(values + (word * padded + c * LANES) * 4);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        uint32_t bits;
+        std::memcpy(&bits, reinterpret_cast<const uint8_t *>(tile.weights[row + r]) + (granule * WORDS + word) * 4, 4);
+        const vuint weight = vuint{} + bits;
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sums[r][c] = dot<T>(sums[r][c], weight, value[c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      float *to = tile.sums[row + r] + (column + c) * LANES;
+      store(to, joined(load(to), broadcast(tile.keep[row + r]), sums[r][c], broadcast(tile.take[row + r])));
+    }
+}
+
+// Cover rows × columns with kernels: as large as fit, then what is left.
+template <template <typename, int, int> class Kernel, typename T, int R, int C, typename... Arguments>
+void cover_columns(KeyTile<T> &tile, int64_t row, int64_t column, int64_t columns, Arguments... arguments) {
+  for (; column + C <= columns; column += C) Kernel<T, R, C>::run(tile, row, column, arguments...);
+  if constexpr (C > 1) {
+    if (column < columns) cover_columns<Kernel, T, R, C - 1>(tile, row, column, columns, arguments...);
+  }
+}
+template <template <typename, int, int> class Kernel, typename T, int R, typename... Arguments>
+void cover(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t columns, Arguments... arguments) {
+  for (; row + R <= rows; row += R) cover_columns<Kernel, T, R, KERNEL_COLUMNS>(tile, row, 0, columns, arguments...);
+  if constexpr (R > 1) {
+    if (row < rows) cover<Kernel, T, R - 1>(tile, row, rows, columns, arguments...);
+  }
+}
+
+template <typename T, int R, int C>
+struct ScoreKernel {
+  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
+    score_kernel<T, R, C>(tile, row, column, words);
+  }
+};
+template <typename T, int R, int C>
+struct ValueKernel {
+  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
+    value_kernel<T, R, C>(tile, row, column, granules, padded);
+  }
+};
+
+}  // namespace IL_ISA

@@ -1,0 +1,152 @@
+// Arithmetic on vectors that is the same in every place it is used: products and sums are fused where this says so and
+// nowhere else by chance, so a value's bits never depend on which loop the compiler happened to put it in.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "vector.h"
+
+namespace IL_ISA {
+
+// a * b + c, rounded once where the processor can.
+inline vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                  reinterpret_cast<__m512>(c)));
+#elif defined(IL_AVX2)
+  return reinterpret_cast<vfloat>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                                  reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+inline float fma(float a, float b, float c) {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger one; `b` where either is a NaN.
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// In a fixed order, pairwise.
+inline float max_lane(vfloat value) {
+  float best = value[0];
+  for (int lane = 1; lane < LANES; ++lane) best = value[lane] > best ? value[lane] : best;
+  return best;
+}
+
+inline float sum_lanes(vfloat value) {
+  float part[LANES];
+  store(part, value);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+  return part[0];
+}
+
+template <typename T>
+inline vfloat load_some(const T *from, int64_t count) {
+  if (count >= LANES) return load(from);
+  T part[LANES] = {};
+  for (int64_t at = 0; at < count; ++at) part[at] = from[at];
+  return load(part);
+}
+
+template <typename T>
+inline void store_some(T *to, vfloat value, int64_t count) {
+  if (count >= LANES) return store(to, value);
+  T part[LANES];
+  store(part, value);
+  for (int64_t at = 0; at < count; ++at) to[at] = part[at];
+}
+
+// What is left of `value` when it is stored as T and loaded again.
+template <typename T>
+inline vfloat rounded(vfloat value);
+template <>
+inline vfloat rounded<float>(vfloat value) {
+  return value;
+}
+template <>
+inline vfloat rounded<bf16>(vfloat value) {
+  bf16 narrow[LANES];
+  store(narrow, value);
+  return load(narrow);
+}
+
+// `body(at, count)` for every run of up to LANES values of a row.
+template <typename Body>
+inline void over_row(int64_t size, Body body) {
+  int64_t at = 0;
+  for (; at + LANES <= size; at += LANES) body(at, int64_t{LANES});
+  if (at < size) body(at, size - at);
+}
+
+// x to the nearest whole number, for |x| < 2^22.
+inline vfloat round_to_whole(vfloat x) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(_mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(x), 8));
+#else
+  const vfloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: what lies behind the point does not fit any more
+  return (x + magic) - magic;
+#endif
+}
+
+// value * 2^whole for -127 <= whole <= 127; exactly 0 at the lower end.
+inline vfloat times_power(vfloat value, vfloat whole) {
+  const vint exponent = (__builtin_convertvector(whole, vint) + 127) << 23;
+  vfloat power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return value * power;
+}
+
+// Between the ends of what times_power takes; a NaN stays one.
+inline vfloat clamped(vfloat x) {
+  const vfloat low = broadcast(-127.0f), high = broadcast(127.0f);
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// 2^x to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly. The
+// polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
+inline vfloat exp2_rough(vfloat x) {
+  x = clamped(x);
+  const vfloat whole = round_to_whole(x), rest = x - whole;
+  vfloat p = fma(rest, broadcast(0.009582853f), broadcast(0.055906426f));
+  p = fma(rest, p, broadcast(0.24024099f));
+  p = fma(rest, p, broadcast(0.69312408f));
+  return times_power(fma(rest, p, broadcast(1.0f)), whole);
+}
+
+// e^x within 1 unit in the last place; e^0 = 1 exactly, and exactly 0 below -88.
+inline vfloat exp(vfloat x) {
+  const vfloat whole = round_to_whole(clamped(x * broadcast(1.44269504f)));
+  // ln 2 in two parts (Cody and Waite), so that the remainder is exact to the last bit.
+  vfloat rest = fma(whole, broadcast(-0.693145752f), x);
+  rest = fma(whole, broadcast(-1.42860677e-6f), rest);
+  const vfloat limit = broadcast(1.0f);  // beyond the ends of `clamped` the remainder means nothing
+  rest = rest > limit ? limit : rest;
+  rest = rest < -limit ? -limit : rest;
+  vfloat p = fma(rest, broadcast(0.0013843654f), broadcast(0.0083741555f));
+  p = fma(rest, p, broadcast(0.041668002f));
+  p = fma(rest, p, broadcast(0.16666432f));
+  p = fma(rest, p, broadcast(0.49999994f));
+  p = fma(rest, p, broadcast(1.0f));
+  return times_power(fma(rest, p, broadcast(1.0f)), whole);
+}
+
+// 1 - 2 / (e^2x + 1), and near zero, where that cancels, the first terms of the series: a few units in the last place.
+inline vfloat tanh(vfloat x) {
+  const vfloat one = broadcast(1.0f), two = broadcast(2.0f), square = x * x;
+  const vfloat far = one - two / (exp(x * two) + one);
+  vfloat p = fma(square, broadcast(62.0f / 2835), broadcast(-17.0f / 315));
+  p = fma(square, p, broadcast(2.0f / 15));
+  p = fma(square, p, broadcast(-1.0f / 3));
+  return square < broadcast(0.09f) ? fma(x * square, p, x) : far;
+}
+
+}  // namespace IL_ISA
