@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from interlace.tokenizer import Tokenizer
@@ -28,6 +28,10 @@ class TextStream(ABC):
     @abstractmethod
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain, possibly empty."""
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        """Add several tokens at once: the texts that `push` would have returned, joined."""
+        return "".join(map(self.push, token_ids))
 
     @abstractmethod
     def flush(self) -> str:
@@ -118,6 +122,10 @@ class _ByteLevelStream(TextStream):
 
     def push(self, token_id: int) -> str:
         return "" if token_id in self._skipped else self._decode(self._pieces[token_id])
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        pieces, skipped = self._pieces, self._skipped
+        return self._decode(b"".join([pieces[token_id] for token_id in token_ids if token_id not in skipped]))
 
     def flush(self) -> str:
         return self._decode(b"", True)

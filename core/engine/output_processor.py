@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 
 import msgspec
 
@@ -32,6 +33,13 @@ class Processed(msgspec.Struct):
     gaps: dict[float, int] = {}
     """Time (`Clock.now()`) of the token before → how many samples got their next token in this step. Samples that run
     together share that time, so this is short."""
+
+    def tell(self, request: ActiveRequest) -> None:
+        """Put a request with news on its sink's list."""
+        if request.sink in self.news:
+            self.news[request.sink].append(request)
+        else:
+            self.news[request.sink] = [request]
 
 
 class OutputProcessor:
@@ -81,22 +89,25 @@ class OutputProcessor:
         """Take in one step."""
         done = Processed([], {}, [])
         with self._lock:
-            touched: dict[ActiveRequest, None] = {}
             self._note_admissions(step)
-            self._append_tokens(step, touched, done)
+            news: dict[ActiveRequest, bool] = {}  # touched requests; whether any of their samples ended
+            self._append_tokens(step, news, done)
             for engine_id, info in step.finished.items():
                 found = self._samples.get(engine_id)
                 if found is None:
                     continue
                 request, sample = found
-                if sample.finish_reason is None:
-                    touched[request] = None
+                if sample.finish_reason is None or request in news:
+                    news[request] = True
                 sample.finish(info)
                 request.note_finish(info)
                 if request.released:
-                    touched.setdefault(request)
-            for request in touched:
-                self._close(request, step.now, done)
+                    news[request] = True
+            for request, ended in news.items():
+                if ended:
+                    self._close(request, step.now, done)
+                else:
+                    done.tell(request)
         return done
 
     def _note_admissions(self, step: StepOutput) -> None:
@@ -114,35 +125,44 @@ class OutputProcessor:
             if found := self._samples.get(engine_id):
                 found[0].add_prompt_logprobs(entries)
 
-    def _append_tokens(self, step: StepOutput, touched: dict[ActiveRequest, None], done: Processed) -> None:
-        end = 0
+    def _append_tokens(self, step: StepOutput, news: dict[ActiveRequest, bool], done: Processed) -> None:
+        """All that is done for every token, on the engine's thread or its receiver's: short for plain samples."""
+        samples, finished, tokens, now, end = self._samples, step.finished, step.token_ids, step.now, 0
+        previous_times: list[float] = []
         for engine_id, count in zip(step.request_ids, step.counts, strict=True):
             start, end = end, end + count
-            found = self._samples.get(engine_id)
+            found = samples.get(engine_id)
             if found is None or not count:
                 continue
             request, sample = found
             if sample.finish_reason is not None:
                 continue
-            previous, sample.last_token_time = sample.last_token_time, step.now
+            previous, sample.last_token_time = sample.last_token_time, now
             if previous is not None:
-                done.gaps[previous] = done.gaps.get(previous, 0) + 1
+                previous_times.append(previous)
             elif request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
                 done.started.append(request)
-            info = step.finished.get(engine_id)
-            stopped = sample.append(step.token_ids[start:end], step.logprobs.get(engine_id), info)
-            request.note_tokens(step.now)
-            touched[request] = None
-            if stopped and info is None:
-                done.aborts.append(engine_id)
+            request.metrics.last_token_time = now
+            if sample.is_plain and engine_id not in finished:
+                sample.token_ids += tokens[start:end]
+            else:
+                info = finished.get(engine_id)
+                if sample.append(tokens[start:end], step.logprobs.get(engine_id), info):
+                    news[request] = True
+                    if info is None:
+                        done.aborts.append(engine_id)
+            if request.streaming:
+                news.setdefault(request, False)
+        done.gaps = dict(Counter(previous_times))
 
     def _close(self, request: ActiveRequest, now: float, done: Processed) -> None:
-        """Pass on the news of a touched request, and let it go once the engine has."""
+        """Pass on the news of a request of which a sample ended, and let it go once the engine has."""
         ended_now = request.finished and request.metrics.finished_time is None
         if ended_now:
             request.metrics.finished_time = now
         if ended_now or (request.streaming and any(sample.has_news for sample in request.samples)):
-            done.news.setdefault(request.sink, []).append(request)
+            done.tell(request)
         if request.released:
             done.summaries.append(request.summary())
             self._forget(request)
@@ -169,7 +189,9 @@ class OutputProcessor:
         """Everything so far. Raises `EngineDeadError` if the engine died under the request."""
         with self._lock:
             raise_failure(request)
-            return request.whole()
+            if not request.finished:
+                return request.whole()
+        return request.whole()  # nothing changes any more, and a long answer takes a while to decode
 
     def abort(self, request: ActiveRequest, now: float) -> list[str]:
         """End a request for its user, now; returns the ids to abort in the engine. No news is delivered."""
@@ -196,7 +218,7 @@ class OutputProcessor:
                 request.failure = error
                 if not request.finished:
                     request.metrics.finished_time = now
-                    done.news.setdefault(request.sink, []).append(request)
+                    done.tell(request)
                 done.summaries.append(request.summary())
                 self._forget(request)
         return done

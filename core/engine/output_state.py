@@ -37,7 +37,11 @@ class Sink(Protocol):
 
 
 class Sample:
-    """One of the `n` answers as it grows."""
+    """One of the `n` answers as it grows.
+
+    Text is made when somebody takes it, in the taker's thread: the engine's thread only notes the tokens. Stop strings
+    are the exception, for they end requests: with them, text is made as the tokens come.
+    """
 
     def __init__(self, engine_id: str, index: int, params: SamplingParams, detokenizer: Detokenizer) -> None:
         self.engine_id = engine_id
@@ -64,7 +68,12 @@ class Sample:
         )
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._pieces: list[str] = []
+        self._num_decoded = 0  # tokens the stream has been given
+        self._num_silent = 0  # tokens at the end whose text is no part of the answer
+        self._flushed = False
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.is_plain = self._stops is None and self._logprobs is None
+        """Whether a token that does not end the sample is only to be added to `token_ids`."""
         self._cumulative = 0.0
         self._taken_tokens = 0
         self._taken_pieces = 0
@@ -78,16 +87,16 @@ class Sample:
         """Add the tokens of a step; `info` is the engine's word if it ended the request with them.
 
         Returns whether a stop string ended the sample: at the token that completes it; later ones are dropped."""
-        # The text of the token that ended the request is no part of the answer.
-        by_token = info is not None and info.reason == "stop" and not self._params.include_stop_str_in_output
-        silent = len(token_ids) - 1 if by_token else len(token_ids)
+        if info is not None and info.reason == "stop" and not self._params.include_stop_str_in_output:
+            self._num_silent = 1  # the token that ended the request
+        last = len(self.token_ids) + len(token_ids) - self._num_silent
         for i, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             if logprobs is not None and self._logprobs is not None:
                 self._cumulative += logprobs[i].logprobs[0]
                 self._logprobs.append(logprob_entry(logprobs[i], self._detokenizer))
-            if self._stream is not None and i < silent:
-                self._write(self._stream.push(token_id))
+            if self._stops is not None and len(self.token_ids) <= last:
+                self._decode(self._stops)
             if self.finish_reason is not None:
                 return True
         return False
@@ -95,8 +104,7 @@ class Sample:
     def finish(self, info: FinishInfo) -> None:
         """The engine ended the request; text that was held back is written (and may still complete a stop string)."""
         self.released = True
-        if self.finish_reason is None:
-            self._flush()
+        self._end_stops()
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = info.reason, info.stop_reason
             self.error, self.error_code = info.error, info.error_code or "error"
@@ -105,32 +113,48 @@ class Sample:
 
     def abort(self) -> None:
         """The user ended the request; what was held back is written."""
-        if self.finish_reason is None:
-            self._flush()
-            self.finish_reason = self.finish_reason or "abort"
+        self._end_stops()
+        self.finish_reason = self.finish_reason or "abort"
 
-    def _flush(self) -> None:
-        if self._stream is not None:
-            self._write(self._stream.flush())
-        if self._stops is not None and self._stops.matched is None:
+    def _end_stops(self) -> None:
+        """Nothing more will come: search what was held back."""
+        if self._stops is None or self.finish_reason is not None:
+            return
+        self._decode(self._stops, flush=True)
+        if self._stops.matched is None:
             self._pieces.append(self._stops.flush())
 
-    def _write(self, text: str) -> None:
-        if not text:
+    def _decode(self, stops: StopStrings | None, flush: bool = False) -> None:
+        """Write the text of the tokens that have none yet, past the stop strings if there are any; `flush` at the
+        end, when also what is no whole character is written."""
+        if self._stream is None:
             return
+        num_tokens = len(self.token_ids) - self._num_silent
+        text = self._stream.push_all(self.token_ids[self._num_decoded : num_tokens])
+        self._num_decoded = num_tokens
+        if flush:
+            text += self._stream.flush()
         # No stop string counts before min_tokens.
-        if self._stops is not None and len(self.token_ids) > self._params.min_tokens:
-            text = self._stops.push(text)
-            if self._stops.matched is not None:
-                self.finish_reason, self.stop_reason = "stop", self._stops.matched
+        if text and stops is not None and len(self.token_ids) > self._params.min_tokens:
+            text = stops.push(text)
+            if stops.matched is not None:
+                self.finish_reason, self.stop_reason = "stop", stops.matched
         if text:
             self._pieces.append(text)
 
+    def _catch_up(self) -> None:
+        """Make the text that is due."""
+        if self._stops is None and not self._flushed:
+            self._flushed = self.finish_reason is not None
+            self._decode(None, flush=self._flushed)
+
     def whole(self) -> CompletionOutput:
+        self._catch_up()
         return self._output(0, 0)
 
     def take(self) -> CompletionOutput:
         """What is new since the last call."""
+        self._catch_up()
         output = self._output(self._taken_tokens, self._taken_pieces)
         self._taken_tokens, self._taken_pieces = len(self.token_ids), len(self._pieces)
         self._taken_end = self.finish_reason is not None
@@ -191,11 +215,6 @@ class ActiveRequest:
     @property
     def num_output_tokens(self) -> int:
         return sum(len(sample.token_ids) for sample in self.samples)
-
-    def note_tokens(self, now: float) -> None:
-        if self.metrics.first_token_time is None:
-            self.metrics.first_token_time = now
-        self.metrics.last_token_time = now
 
     def note_finish(self, info: FinishInfo) -> None:
         self._num_preemptions += info.num_preemptions

@@ -20,6 +20,7 @@ import zmq
 from interlace.assemble import build_core, start_executor
 from interlace.clock import MonotonicClock
 from interlace.engine.loop import EngineLoop, Stop
+from interlace.engine.startup import paused_gc
 from interlace.engine.step_watchdog import StepWatchdog
 from interlace.engine.wire import Died, Event, FromEngine, Output, Ready, RemoteError, Reply, decode_command, encode
 from interlace.interfaces.executor import Executor
@@ -67,7 +68,8 @@ def main(socket_dir: str) -> int:
         setup = msgspec.msgpack.decode(commands.recv(), type=tuple[ResolvedSpec, int])
         logging.basicConfig(level=setup[1], format="%(levelname)s %(name)s (engine): %(message)s")
         spec = setup[0]
-        executor, info = start_executor(spec, lambda event: speaker.send(Event(event)))
+        with paused_gc():
+            executor, info = start_executor(spec, lambda event: speaker.send(Event(event)))
         clock = MonotonicClock()
         loop = EngineLoop(
             build_core(spec, info, clock),

@@ -69,6 +69,16 @@ def test_byte_level_equals_decode_for_any_ids(ids, skip):
     assert "".join(pieces(tokenizer, ids, skip_special_tokens=skip)) == tokenizer.decode(ids, skip)
 
 
+@given(st.lists(st.lists(st.integers(0, 256), max_size=6), max_size=8), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_tokens_pushed_together_give_the_text_of_tokens_pushed_one_by_one(parts, skip):
+    tokenizer = byte_tokenizer()
+    together, single = (Detokenizer(tokenizer).stream(skip_special_tokens=skip) for _ in range(2))
+    for part in parts:
+        assert together.push_all(part) == "".join(map(single.push, part))
+    assert together.flush() == single.flush()
+
+
 def test_byte_level_equals_decode_for_bytes_near_the_borders_of_utf8():
     tokenizer = byte_tokenizer()
     id_of = {bytes([b]): tokenizer.backend.token_to_id(char) for b, char in _alphabet().items()}

@@ -4,6 +4,7 @@ import pytest
 
 from interlace import SamplingParams
 from interlace.clock import VirtualClock
+from interlace.engine.detokenizer import _ByteLevelStream
 from interlace.engine.input_processor import InputProcessor
 from interlace.engine.output_processor import OutputProcessor
 from interlace.errors import EngineDeadError, InvalidRequestError
@@ -11,6 +12,8 @@ from interlace.messages import FinishInfo, StepOutput, TokenLogprobs
 from interlace.testing.front import byte_tokenizer, front_spec
 
 TOKENIZER = byte_tokenizer()
+BYTE_IDS = {0xC3: TOKENIZER.encode("\u00e9")[0], 0xA9: TOKENIZER.encode("\u00e9")[1]}
+BYTE_IDS |= {0xE2: TOKENIZER.encode("\u20ac")[0], 0x82: TOKENIZER.encode("\u20ac")[1]}
 STOP, LENGTH = FinishInfo(reason="stop"), FinishInfo(reason="length")
 
 
@@ -273,17 +276,62 @@ def test_death_reaches_every_request_with_the_cause(bench):
         bench.add("later")
 
 
-def test_work_of_a_step_is_for_requests_with_news_only(bench, monkeypatch):
+class CountedLookups(dict):
+    """Remembers which keys were asked for, and that nobody walked over all of them."""
+
+    def __init__(self, entries):
+        super().__init__(entries)
+        self.asked = []
+
+    def get(self, key, default=None):
+        self.asked.append(key)
+        return super().get(key, default)
+
+    def __iter__(self):
+        raise AssertionError("a step must not walk over all requests")
+
+    items = values = keys = __iter__
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_work_of_a_step_is_for_requests_with_news_only(bench, streaming):
     for i in range(50):
         bench.add(f"idle-{i}")
-    bench.add("busy")
-    closed = []
-    original = bench.outputs._close
-    monkeypatch.setattr(
-        bench.outputs, "_close", lambda request, *rest: (closed.append(request.id), original(request, *rest))
-    )
-    bench.step({"busy": "a"})
-    assert closed == ["busy"]
+    bench.add("busy", streaming=streaming)
+    samples = bench.outputs._samples = CountedLookups(bench.outputs._samples)
+    bench.outputs._requests = CountedLookups(bench.outputs._requests)
+    done = bench.step({"busy": "a"})
+    assert samples.asked == ["busy"]
+    assert [request.id for requests in done.news.values() for request in requests] == ["busy"] * streaming
+
+
+def test_the_engine_side_makes_no_text_unless_a_stop_string_may_end_it(bench, monkeypatch):
+    made = []
+    original = _ByteLevelStream.push_all
+    monkeypatch.setattr(_ByteLevelStream, "push_all", lambda self, ids: (made.append(ids), original(self, ids))[1])
+    plain, stopping = bench.add("plain"), bench.add("stopping", stop=["zzz"])
+    for text in ("ab", "c"):
+        bench.step({"plain": text})
+    assert not made
+    assert bench.outputs.take(plain).outputs[0].text == "abc"
+    assert len(made) == 1
+    bench.step({"stopping": "a"})
+    assert len(made) == 2
+    assert bench.outputs.take(stopping).outputs[0].text == "a"
+
+
+@pytest.mark.parametrize("take_at", [(), (1,), (0, 1, 2), (2,)])
+def test_text_is_the_same_whenever_it_is_taken(bench, take_at):
+    """Half a character is held back, said when it is whole, and marked when it never will be."""
+    request = bench.add("r")
+    pieces = []
+    for number, ids in enumerate(([65, 0xC3], [0xA9, 66], [0xE2, 0x82])):
+        bench.step({"r": [TOKENIZER.encode(chr(i))[0] if i < 128 else BYTE_IDS[i] for i in ids]})
+        if number in take_at:
+            pieces.append(bench.outputs.take(request).outputs[0].text)
+    bench.step({}, finished={"r": LENGTH})
+    pieces.append(bench.outputs.take(request).outputs[0].text)
+    assert "".join(pieces) == bench.text(request) == "A\u00e9B\ufffd"
 
 
 def test_a_summary_has_what_metrics_are_made_of(bench):
