@@ -7,6 +7,7 @@ child ends with its parent: it holds the read end of a pipe whose write end only
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import shutil
@@ -78,6 +79,7 @@ def main(socket_dir: str) -> int:
             lambda output: speaker.send(Output(output)),
             lambda call_id, value, error: speaker.send(Reply(call_id, value, RemoteError.of(error) if error else None)),
         )
+        gc.freeze()  # what the start has made stays; a full collection between two steps need not look through it
         speaker.send(Ready(info))
         threading.Thread(target=_receive, args=(commands, loop), daemon=True).start()
         with StepWatchdog(loop, clock, spec.step_timeout_s, lambda error, report: _give_up(speaker, error, report)):
