@@ -380,6 +380,7 @@ class EngineCore:
             prefix_hits=self.prefix_hits,
             num_blocked=len(self.queues.blocked),
             num_failed_requests=len(result.errors),
+            kv_block_times=self.kv.pool.lives.news(),
             degraded=self.degraded,
             plugin_seconds=plugin_seconds,
         )

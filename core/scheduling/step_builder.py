@@ -40,7 +40,7 @@ class StepBuilder:
         feeds_tokens: bool,
         end_request: Callable[[RequestState, str, str], None],
     ) -> None:
-        self.now = now
+        self.now = kv.pool.lives.now = now
         self.token_budget_left = limits.max_num_batched_tokens
         self.rows: dict[RequestState, int] = {}  # tokens planned per request, in order of planning
         self.grown: dict[RequestState, list[list[int]]] = {}  # new block ids per group of requests in `rows`

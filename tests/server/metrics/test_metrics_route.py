@@ -100,6 +100,7 @@ def test_the_numbers_are_those_of_the_requests(served):
         )
         return counts
 
+    reuses = value(client, "kv_block_reuse_gap_seconds", "_count")
     before = read()
     prompt = list(range(1000, 1100))  # three full blocks of 32 and a rest
     complete(client, prompt, max_tokens=9)
@@ -129,6 +130,7 @@ def test_the_numbers_are_those_of_the_requests(served):
     by_source = {s.labels["source"]: s.value for s in families(client)["prompt_tokens_by_source"][1]}
     assert sum(by_source.values()) == value(client, "prompt_tokens")
     assert value(client, "plugin_seconds", kind="schedulers", plugin="fcfs") > 0
+    assert value(client, "kv_block_reuse_gap_seconds", "_count") > reuses, "every second block is watched"
     assert value(client, "prompt_tokens", prefix="vllm:") == value(client, "prompt_tokens")
 
 
