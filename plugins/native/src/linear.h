@@ -15,8 +15,8 @@ namespace IL_ISA {
 using interlace::Thread;
 
 constexpr int64_t CACHED_BYTES = 384 << 10;  // of activations, next to a panel, in the second-level cache
-constexpr int64_t AHEAD_BYTES = 4096;        // how far before its use a weight is fetched
-constexpr int64_t ALONE_BYTES = 4 << 10;     // of activations that each thread converts for itself: cheaper than to meet
+constexpr int64_t AHEAD_BYTES = 4 << 10;    // how far before its use a weight is fetched
+constexpr int64_t ALONE_BYTES = 4 << 10;    // of activations that each thread converts for itself: cheaper than to meet
 
 // i: 0 row stride of x, 1 row stride of out, 2 not 0: float32 results, else of the op's type.
 // p: 0 x [rows, in], 1 out [rows, out], 2 il_linear.
