@@ -20,6 +20,7 @@ __all__ = [
     "CompletionOutput",
     "EngineRequest",
     "FinishInfo",
+    "KVBlockTimes",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
@@ -163,6 +164,18 @@ class FinishInfo(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     num_preemptions: int = 0
 
 
+class KVBlockTimes(msgspec.Struct, frozen=True, gc=False):
+    """Seconds in the lives of a sample of the KV blocks (`interlace.kv.block_lives`). A block is used when it is taken,
+    and whenever a prefix hit finds it."""
+
+    lifetimes: list[float]
+    """From being taken to the loss of its content to another request (eviction)."""
+    idle_before_evict: list[float]
+    """From its last use to eviction, in the same order."""
+    reuse_gaps: list[float]
+    """Between one use and the next, a prefix hit."""
+
+
 class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The engine core seen from outside after one step; what `on_step` subscribers and metrics read."""
 
@@ -190,6 +203,8 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Requests that wait for something other than room (`EngineRequest.blocked_on`)."""
     num_failed_requests: int = 0
     """Requests for which this step could not choose a token (NaN in the logits, everything excluded)."""
+    kv_block_times: KVBlockTimes | None = None
+    """What ended with the plans since the stats before these; None: nothing did."""
     degraded: str | None = None
     """Why health is degraded (a policy that keeps failing or starves requests), or None."""
     plugin_seconds: dict[str, float] = {}

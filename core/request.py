@@ -45,6 +45,7 @@ class RequestState:
         "id",
         "labels",
         "last_planned",
+        "max_known",
         "max_tokens",
         "num_in_flight",
         "num_known",
@@ -60,7 +61,6 @@ class RequestState:
         "samples_in_flight",
         "slot",
         "status",
-        "step",
         "stop_set",
         "token_ids",
     )
@@ -80,6 +80,7 @@ class RequestState:
         self.num_prompt_tokens: int = len(self.token_ids)
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens: int = room if params.max_tokens is None else min(params.max_tokens, room)
+        self.max_known: int = self.num_prompt_tokens + self.max_tokens  # `num_known` at which it ends by length
         self.eos_token_ids: tuple[int, ...] = () if params.ignore_eos else request.eos_token_ids
         self.stop_set: frozenset[int] = frozenset((*self.eos_token_ids, *(params.stop_token_ids or ())))
         self.num_known: int = self.num_prompt_tokens
@@ -97,7 +98,6 @@ class RequestState:
         self.cached_tokens: int | None = None  # hits at first admission
         self.first_scheduled: float | None = None
         self.last_planned: float = request.arrival_time
-        self.step: int = -1  # id of the last step it was planned in
         self.order: tuple[object, int] = (0, 0)  # place in the waiting queue
 
     @property

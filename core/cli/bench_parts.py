@@ -86,7 +86,7 @@ def _host(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     for added in report.added:
         print(
             f"1,000 requests of 1,024 tokens, {added.shared_tokens} of them shared: "
-            f"{added.add_ms:.1f} ms to add, {added.admit_ms:.1f} ms to hash and admit"
+            f"{added.add_ms:.1f} ms to add, {added.hash_ms:.1f} ms to hash, {added.admit_ms:.1f} ms to admit"
         )
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from typing import Any, NoReturn
 
 from interlace.errors import InterlaceError, nearest
@@ -23,6 +25,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.flags: list[str] = []
+        self.section: str | None = None
+        """The table of settings that the help text lists, for a command whose flags they are."""
         kwargs.setdefault("epilog", EPILOG)
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
@@ -34,6 +38,11 @@ class Parser(argparse.ArgumentParser):
         """As argparse; remembers the flag for suggestions."""
         self.flags.extend(arg for arg in args if isinstance(arg, str) and arg.startswith("--"))
         return super().add_argument(*args, **kwargs)
+
+    def format_help(self) -> str:
+        """As argparse, and the settings of `section`."""
+        text = super().format_help()
+        return text if self.section is None else f"{text}\n{_settings_help(self.section)}"
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -48,7 +57,8 @@ class Parser(argparse.ArgumentParser):
                 raise _unknown_flag(word.partition("=")[0], flags, chain[-1].prog)
         args, unknown = self.parse_known_args(arguments)
         if unknown:
-            raise UsageError(f"unexpected argument '{unknown[0]}'. See {chain[-1].prog} --help")
+            hint = "" if unknown[0].startswith("-") else f" If that is the model: --model {unknown[0]}."
+            raise UsageError(f"unexpected argument '{unknown[0]}'.{hint} See {chain[-1].prog} --help")
         return args
 
     def print_help_of(self, arguments: list[str]) -> None:
@@ -79,3 +89,16 @@ def _unknown_flag(name: str, flags: list[str], prog: str) -> UsageError:
     found = next((flag for flag in settings if flag.endswith(f".{last_part}")), None) or nearest(name, flags + settings)
     hint = f" Did you mean '{found}'?" if found else ""
     return UsageError(f"unknown flag '{name}'.{hint} See {prog} --help")
+
+
+def _settings_help(section: str) -> str:
+    """The flags of one table of settings, with their defaults."""
+    from interlace.config import all_settings
+
+    width = min(100, shutil.get_terminal_size().columns)
+    lines = [f"settings under `{section}`, with their defaults:"]
+    for setting in all_settings():
+        if setting.key.startswith(f"{section}."):
+            lines.append(f"  --{setting.key} {setting.default}".rstrip())
+            lines += textwrap.wrap(setting.description, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""`interlace serve`: an OpenAI-compatible HTTP server. Its settings are those under `server`."""
+"""`interlace serve`: an OpenAI-compatible HTTP server. Any setting of the engine may be given, too, such as --model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Declare `serve`."""
-    subparsers.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", description=__doc__)
+    parser = subparsers.add_parser("serve", help="serve a model over HTTP, OpenAI-compatible", description=__doc__)
+    parser.section = "server"
 
 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:

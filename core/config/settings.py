@@ -299,7 +299,11 @@ class Settings(Section):
         default="auto", description="Type to compute in. `auto`: bfloat16 where the hardware has it, else float32."
     )
     weights: Literal["auto", "as-shipped", "bf16", "int8", "float32"] = Field(
-        default="auto", description="How linear weights are kept in memory. `auto`: in the compute type."
+        default="auto",
+        description="How linear weights are kept in memory. `as-shipped`: blocks of a GGUF file stay blocks. "
+        "`int8`: quantised at start. `auto`: in float32 if that is the compute type, a GGUF file's blocks being "
+        "decoded exactly; else a GGUF file's blocks as shipped where the kernels compute with them, and all other "
+        "weights in the compute type.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -308,7 +312,9 @@ class Settings(Section):
     )
     device: str = Field(default="auto", description="`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.")
     threads: int = Field(
-        default=0, ge=0, description="CPU threads to compute with; 0: one per core this process may use."
+        default=0,
+        ge=0,
+        description="CPU threads to compute with; 0: one per core this process may use, at most its CPU quota.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**63, description="Seed for requests that state none. Unset: a new one each start."

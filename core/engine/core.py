@@ -10,6 +10,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
+from interlace.engine.in_flight import InFlightStep, StepProgress
 from interlace.engine.output_buffer import OutputBuffer
 from interlace.engine.watchdog import StarvationWatchdog
 from interlace.errors import InterlaceError, InvalidRequestError
@@ -26,38 +27,13 @@ from interlace.messages import (
     StepPlan,
     StepResult,
     StepStats,
+    TokenLogprobs,
 )
 from interlace.request import RequestState, Status
 from interlace.scheduling.fallback import GuardedPolicy
 from interlace.scheduling.queues import Queues
 from interlace.scheduling.step_builder import StepBuilder
 from interlace.spec import SchedulerLimits
-
-
-class InFlightStep:
-    """What the core remembers of a plan until its result is in."""
-
-    __slots__ = ("generations", "num_preempted", "num_prefill_tokens", "num_tokens", "plan", "published", "requests")
-
-    def __init__(self, plan: StepPlan, requests: list[RequestState], published: list[tuple[int, Key]]) -> None:
-        self.plan = plan
-        self.requests = requests
-        self.generations = [request.generation for request in requests]
-        self.published = published
-        self.num_tokens = sum(plan.num_tokens)
-        self.num_prefill_tokens = sum(count for count in plan.num_tokens if count > 1)
-        self.num_preempted = len(plan.preempted)
-
-
-class StepProgress:
-    """What `Scheduler.on_update` is given; see `interlace.interfaces.scheduler.Progress`."""
-
-    __slots__ = ("duration", "num_new_tokens", "requests")
-
-    def __init__(self, duration: float, requests: list[RequestState], num_new_tokens: list[int]) -> None:
-        self.duration = duration
-        self.requests = requests
-        self.num_new_tokens = num_new_tokens
 
 
 class EngineCore:
@@ -172,16 +148,17 @@ class EngineCore:
     def _seal(self, step: StepBuilder, now: float) -> StepPlan:
         """Turn a composed step into a plan, publish the blocks it fills, and remember it as under way."""
         requests = list(step.rows)
-        sample = []
+        slots, sample = [], []
         published: list[tuple[int, Key]] = []
         block_size = self.kv.block_size
         for state, count in step.rows.items():
-            samples = state.num_planned == state.num_known + state.samples_in_flight
-            sample.append(samples)
-            state.samples_in_flight += samples
-            state.step = self._next_step_id
+            planned, in_flight = state.num_planned, state.samples_in_flight
+            slots.append(state.slot)
+            sample.append(planned == state.num_known + in_flight)
+            if sample[-1]:
+                state.samples_in_flight = in_flight + 1
             state.last_planned = now
-            if count > 1 or not state.num_planned % block_size:
+            if count > 1 or not planned % block_size:
                 published += self.kv.publish(state)
         for state, hit_tokens in step.admitted.items():
             if state.first_scheduled is None:
@@ -190,7 +167,7 @@ class EngineCore:
                 self._out.cached_tokens[state.id] = hit_tokens
         plan = StepPlan(
             step_id=self._next_step_id,
-            slots=[state.slot for state in requests],
+            slots=slots,
             num_tokens=list(step.rows.values()),
             sample=sample,
             blocks=self._block_deltas(step),
@@ -224,54 +201,80 @@ class EngineCore:
         step = self._steps.popleft()
         if step.plan.step_id != result.step_id:
             raise InterlaceError(f"result of step {result.step_id} arrived, step {step.plan.step_id} was expected")
-        confirmed, num_new_tokens = [], []
-        offset, plan = 0, step.plan
-        for row, state in enumerate(step.requests):
-            count = result.counts[row]
-            tokens = result.token_ids[offset : offset + count]
-            offset += count
-            if state.generation != step.generations[row]:
-                continue  # finished, aborted or preempted meanwhile
-            confirmed.append(state)
-            num_new_tokens.append(count)
-            start = state.num_planned - state.num_in_flight  # of the row: the oldest step's tokens come first
-            state.num_in_flight -= plan.num_tokens[row]
-            if result.errors and row in result.errors:
-                self._end_with_error(state, result.errors[row], "step_failed")
-                continue
-            if plan.sample[row] and not count:
-                self._end_with_error(state, "the executor returned no token for this request", "step_failed")
-                continue
-            if result.prompt_logprobs and row in result.prompt_logprobs:
-                entries = result.prompt_logprobs[row][max(0, state.num_prompt_logprobs - start) :]
-                self._out.prompt_logprobs.setdefault(state.id, []).extend(entries)
-                state.num_prompt_logprobs += len(entries)
-            if plan.sample[row]:
-                state.samples_in_flight -= 1
-                self._append(state, tokens, result, row)
+        confirmed, num_new_tokens = self._confirm(step, result)
         if self._policy.wants_updates:
             self._policy.on_update(StepProgress(result.duration, confirmed, num_new_tokens), now)
         self._tell_ended(now)
         return self._out.take(result.step_id, now, self._stats(step, result, now))
 
-    def _append(self, state: RequestState, tokens: list[int], result: StepResult, row: int) -> None:
+    def _confirm(self, step: InFlightStep, result: StepResult) -> tuple[list[RequestState], list[int]]:
+        """Take in every row's tokens; returns the requests that still run the row's generation, and their counts."""
+        confirmed, num_new_tokens, token_ids, news = [], [], result.token_ids, self._out.add_token
+        # All that is done for every token of every decoding request: nothing here but what such a row needs.
+        plain = not (result.errors or result.prompt_logprobs or result.logprobs or self._steps)
+        offset = 0
+        rows = zip(step.requests, step.generations, step.plan.num_tokens, step.plan.sample, result.counts, strict=True)
+        for row, (state, generation, num_tokens, samples, count) in enumerate(rows):
+            start, offset = offset, offset + count
+            if state.generation != generation:
+                continue  # finished, aborted or preempted meanwhile
+            confirmed.append(state)
+            num_new_tokens.append(count)
+            if plain and samples and count == 1:
+                token = token_ids[start]
+                state.num_in_flight -= num_tokens
+                state.samples_in_flight -= 1
+                state.num_known = known = state.num_known + 1
+                state.token_ids.append(token)
+                news(state.id, token)
+                if token in state.stop_set or known >= state.max_known:
+                    self._end_if_stopped(state, token)
+            else:
+                self._confirm_row(step, row, state, token_ids[start:offset], result)
+        if any(num_new_tokens):
+            self._policy.fruitless = 0
+        return confirmed, num_new_tokens
+
+    def _confirm_row(
+        self, step: InFlightStep, row: int, state: RequestState, tokens: list[int], result: StepResult
+    ) -> None:
+        """One row, whatever it may have: no tokens, several, errors, log probabilities."""
+        plan = step.plan
+        start = state.num_planned - state.num_in_flight  # of the row: the oldest step's tokens come first
+        state.num_in_flight -= plan.num_tokens[row]
+        if row in result.errors:
+            self._end_with_error(state, result.errors[row], "step_failed")
+            return
+        if plan.sample[row] and not tokens:
+            self._end_with_error(state, "the executor returned no token for this request", "step_failed")
+            return
+        if row in result.prompt_logprobs:
+            entries = result.prompt_logprobs[row][max(0, state.num_prompt_logprobs - start) :]
+            self._out.prompt_logprobs.setdefault(state.id, []).extend(entries)
+            state.num_prompt_logprobs += len(entries)
+        if plan.sample[row]:
+            state.samples_in_flight -= 1
+            self._append(state, tokens, result.logprobs.get(row))
+
+    def _append(self, state: RequestState, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         """Confirm sampled tokens of one request and end it where it stops."""
-        finish: FinishInfo | None = None
         for position, token in enumerate(tokens):
             state.token_ids.append(token)
             state.num_known += 1
-            finish = self._stop_check(state, token)
-            if finish is not None:
+            if self._stop_check(state, token) is not None:
                 tokens = tokens[: position + 1]
                 break
-        logprobs = result.logprobs.get(row) if result.logprobs else None
         self._out.add_tokens(state.id, tokens, logprobs)
-        self._policy.fruitless = 0
-        if finish is not None:
-            self._finish(state, finish)
-        elif state.num_known // self.kv.block_size > state.num_published and self._steps:
+        stopped = self._end_if_stopped(state, tokens[-1])
+        if not stopped and self._steps and state.num_known // self.kv.block_size > state.num_published:
             # A block planned before its last token was known: publish it now, on the account of the newest step.
             self._steps[-1].published += self.kv.publish(state)
+
+    def _end_if_stopped(self, state: RequestState, token: int) -> bool:
+        finish = self._stop_check(state, token)
+        if finish is not None:
+            self._finish(state, finish)
+        return finish is not None
 
     def _stop_check(self, state: RequestState, token: int) -> FinishInfo | None:
         """End of sequence, then stop tokens, then length; the former two not before `min_tokens`."""
@@ -279,7 +282,7 @@ class EngineCore:
         if token in state.stop_set and num_output >= state.params.min_tokens:
             stop_reason = None if token in state.eos_token_ids else token
             return FinishInfo(reason="stop", stop_reason=stop_reason, num_preemptions=state.num_preemptions)
-        if num_output >= state.max_tokens:
+        if state.num_known >= state.max_known:
             return FinishInfo(reason="length", num_preemptions=state.num_preemptions)
         return None
 
@@ -377,6 +380,7 @@ class EngineCore:
             prefix_hits=self.prefix_hits,
             num_blocked=len(self.queues.blocked),
             num_failed_requests=len(result.errors),
+            kv_block_times=self.kv.pool.lives.news(),
             degraded=self.degraded,
             plugin_seconds=plugin_seconds,
         )

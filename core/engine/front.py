@@ -22,7 +22,7 @@ from interlace.engine.input_processor import InputProcessor, PreparedRequest, Pr
 from interlace.engine.output_processor import OutputProcessor, Processed, raise_failure
 from interlace.engine.output_state import ActiveRequest, Sink
 from interlace.engine.snapshot import MAX_BLOCKS, MAX_REQUESTS, EngineSnapshot
-from interlace.engine.startup import StartupProgress
+from interlace.engine.startup import StartupProgress, paused_gc
 from interlace.errors import EngineDeadError, EngineRestartingError, EngineSilentError, OverloadedError
 from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
 from interlace.messages import RequestOutput, SamplingParams, StepOutput
@@ -97,8 +97,11 @@ class Front:
         `supervised`: an engine process that dies is started again, as `engine.max_restarts` allows."""
         clock = clock or MonotonicClock()
         began = clock.now()
-        parts = assemble(loaded, default_process=default_process, supervised=supervised, clock=clock, plugins=plugins)
-        return cls(parts, began)
+        with paused_gc():
+            parts = assemble(
+                loaded, default_process=default_process, supervised=supervised, clock=clock, plugins=plugins
+            )
+            return cls(parts, began)
 
     # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -24,6 +24,12 @@ class OutputBuffer:
     def __bool__(self) -> bool:
         return bool(self._request_ids or self.finished)
 
+    def add_token(self, request_id: str, token_id: int) -> None:
+        """`add_tokens` for the one token of an ordinary step."""
+        self._request_ids.append(request_id)
+        self._counts.append(1)
+        self._token_ids.append(token_id)
+
     def add_tokens(self, request_id: str, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         self._request_ids.append(request_id)
         self._counts.append(len(tokens))

@@ -7,6 +7,7 @@ child ends with its parent: it holds the read end of a pipe whose write end only
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ import zmq
 from interlace.assemble import build_core, start_executor
 from interlace.clock import MonotonicClock
 from interlace.engine.loop import EngineLoop, Stop
+from interlace.engine.startup import paused_gc
 from interlace.engine.step_watchdog import StepWatchdog
 from interlace.engine.wire import Died, Event, FromEngine, Output, Ready, RemoteError, Reply, decode_command, encode
 from interlace.interfaces.executor import Executor
@@ -67,7 +69,8 @@ def main(socket_dir: str) -> int:
         setup = msgspec.msgpack.decode(commands.recv(), type=tuple[ResolvedSpec, int])
         logging.basicConfig(level=setup[1], format="%(levelname)s %(name)s (engine): %(message)s")
         spec = setup[0]
-        executor, info = start_executor(spec, lambda event: speaker.send(Event(event)))
+        with paused_gc():
+            executor, info = start_executor(spec, lambda event: speaker.send(Event(event)))
         clock = MonotonicClock()
         loop = EngineLoop(
             build_core(spec, info, clock),
@@ -76,6 +79,7 @@ def main(socket_dir: str) -> int:
             lambda output: speaker.send(Output(output)),
             lambda call_id, value, error: speaker.send(Reply(call_id, value, RemoteError.of(error) if error else None)),
         )
+        gc.freeze()  # what the start has made stays; a full collection between two steps need not look through it
         speaker.send(Ready(info))
         threading.Thread(target=_receive, args=(commands, loop), daemon=True).start()
         with StepWatchdog(loop, clock, spec.step_timeout_s, lambda error, report: _give_up(speaker, error, report)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from interlace.kv.block_lives import BlockLives
 from interlace.kv.specs import NULL_BLOCK
 
 Key = tuple[int, bytes]
@@ -28,6 +29,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_free = num_blocks - 1
         self.num_pins = 0
+        self.lives = BlockLives(num_blocks)
         self._refs = [0] * num_blocks
         self._keys: list[Key | None] = [None] * num_blocks
         self._cached: dict[Key, int] = {}
@@ -52,9 +54,11 @@ class BlockPool:
         if count > self.num_free:
             raise ValueError(f"{count} blocks asked for, {self.num_free} free")
         blocks = []
-        block = self._next[NULL_BLOCK]
+        block, stride = self._next[NULL_BLOCK], self.lives.stride
         for _ in range(count):
             blocks.append(block)
+            if not block % stride:
+                self.lives.take(block, self._keys[block] is not None)
             self._refs[block] = 1
             self.withdraw(block)
             block = self._next[block]
@@ -72,6 +76,8 @@ class BlockPool:
             self._prev[after] = before
             self.num_free -= 1
         self._refs[block] += 1
+        if not block % self.lives.stride:
+            self.lives.use(block)
 
     def release(self, blocks: Iterable[int]) -> int:
         """Drop one reference of each; null blocks are skipped. Returns how many became free.

@@ -23,7 +23,7 @@ def extend_chain(hashes: list[bytes], root: bytes, token_ids: Sequence[int], blo
     if first >= last:
         return
     parent = hashes[-1] if hashes else root
-    raw = memoryview(array("i", token_ids[first * block_size : last * block_size])).cast("B")
+    raw = array("i", token_ids[first * block_size : last * block_size]).tobytes()
     width = block_size * 4
     for start in range(0, len(raw), width):
         parent = sha256(parent + raw[start : start + width]).digest()

@@ -41,7 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Tokens that end the request; kept in `token_ids`."""
     ignore_eos: bool = False
     max_tokens: int | None = 16
-    """None: up to `max_model_len`."""
+    """None: up to `max_model_len`. More than fit beside the prompt is as many as fit."""
     min_tokens: int = 0
     logprobs: int | None = None
     """Number of most likely tokens to report beside the chosen one; 0 reports only the chosen one."""

@@ -40,7 +40,7 @@ class StepBuilder:
         feeds_tokens: bool,
         end_request: Callable[[RequestState, str, str], None],
     ) -> None:
-        self.now = now
+        self.now = kv.pool.lives.now = now
         self.token_budget_left = limits.max_num_batched_tokens
         self.rows: dict[RequestState, int] = {}  # tokens planned per request, in order of planning
         self.grown: dict[RequestState, list[list[int]]] = {}  # new block ids per group of requests in `rows`
@@ -115,23 +115,28 @@ class StepBuilder:
         running = list(self._queues.running) if order is None else sorted(self._queues.running, key=order)
         short: list[RequestState] = []
         prefills: list[RequestState] = []
-        block_size, rows = self._kv.block_size, self.rows
-        for state in running:
+        block_size, rows, budget = self._kv.block_size, self.rows, self.token_budget_left
+        for state in running:  # the loop every decoding request passes in every step
             if state in rows:
                 continue
-            todo = self._todo(state)
+            planned = state.num_planned
+            todo = self._todo(state) if state.samples_in_flight else state.num_known - planned
             if todo > 1:
                 prefills.append(state)
             elif todo == 1:
-                if self.token_budget_left < 1:
+                if budget < 1:
                     break
-                if state.num_planned % block_size:  # the token's block is already there
+                if planned % block_size:  # the token's block is already there
                     rows[state] = 1
-                    state.num_planned += 1
+                    state.num_planned = planned + 1
                     state.num_in_flight += 1
-                    self.token_budget_left -= 1
-                elif self._continue(state, 1) is Outcome.BLOCKS:
+                    budget -= 1
+                    continue
+                self.token_budget_left = budget
+                if self._continue(state, 1) is Outcome.BLOCKS:
                     short.append(state)
+                budget = self.token_budget_left
+        self.token_budget_left = budget
         for state in prefills:
             if self.token_budget_left < 1:
                 break

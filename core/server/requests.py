@@ -57,6 +57,7 @@ def _sampling(text: str, **bounds: Any) -> Any:
     return Field(default=None, description=text, json_schema_extra=bounds or None)
 
 
+_MAX_TOKENS = "Most tokens of an answer. More than fit beside the prompt is as many as fit, and no error."
 _MESSAGES = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}}
 _PART = {
     "type": "object",
@@ -92,7 +93,7 @@ class GenerationRequest(Body):
     stop_token_ids: list[int] | None = _sampling("Tokens that end the answer.")
     include_stop_str_in_output: bool | None = _sampling("Keep the text that ended the answer.")
     ignore_eos: bool | None = _sampling("Go on after an end-of-sequence token.")
-    max_tokens: int | None = _sampling("Most tokens of an answer.", minimum=1)
+    max_tokens: int | None = _sampling(_MAX_TOKENS, minimum=1)
     min_tokens: int | None = _sampling("Least tokens of an answer.", minimum=0)
     logit_bias: dict[str, float] | None = _sampling("Token id → what to add to its logit, -100 to 100.")
     allowed_token_ids: list[int] | None = _sampling("Sample from these only.")
@@ -161,7 +162,7 @@ class ChatPrompt(Body):
 class ChatRequest(ChatPrompt, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    max_completion_tokens: int | None = _sampling("Most tokens of an answer.", minimum=1)
+    max_completion_tokens: int | None = _sampling(_MAX_TOKENS, minimum=1)
     logprobs: bool = Field(default=False, description="Answer with log probabilities.")
     top_logprobs: int | None = _sampling(
         "With `logprobs`: of this many most likely tokens.", minimum=0, maximum=MAX_LOGPROBS

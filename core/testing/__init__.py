@@ -10,6 +10,7 @@
     footprint         Footprint: processes, threads, files and shared memory that something left behind
     faults            a checkpoint and a logits processor that fail on purpose, in whatever process
     time_limit        time_limit: end what does not end by itself, at the line where it hangs
+    numerics          how near each way of keeping weights comes to float32: python -m interlace.testing.numerics
     overhead          what the engine itself costs per step: python -m interlace.testing.overhead
     fakes             ScriptedClient: an engine client with known answers, for what surrounds the engine
     model_harness     ModelHarness: a model over a paged cache, without an engine

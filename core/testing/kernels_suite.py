@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
+from interlace.interfaces.weights import BlockWeight
 from interlace.testing.conformance import Conformance, skip
 
 Arguments = dict[str, Any]
@@ -25,6 +26,11 @@ Arguments = dict[str, Any]
 
 _PLAIN_WEIGHTS = ("auto", "bf16", "float32")
 _ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding")
+_MAKERS = ("make_linear", "make_block_linear", "make_head", "make_block_embedding")
+_CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax")
+"""Ops that are called with random rows. `draw`, which works on rows of its argument, has tests of its own."""
+_MADE_OF = {"make_block_linear": "make_linear", "make_head": "make_linear", "make_block_embedding": "embedding"}
+"""What the reference makes an op of: its claim holds where it holds for that."""
 
 
 class KernelsConformance(Conformance):
@@ -45,6 +51,7 @@ class KernelsConformance(Conformance):
             **super().parameters(),
             "op": OPS,
             "row_op": _ROW_OPS,
+            "called_op": _CALLED,
             "dtype": tuple(cls.tolerances),
         }
 
@@ -139,7 +146,7 @@ class KernelsConformance(Conformance):
 
     def test_batch_invariance_if_claimed(self, dtype: str, seed: int) -> None:
         """A row has the same bits alone, and in any company and order."""
-        claimed = [op for op in OPS if op in self.target.batch_invariant]
+        claimed = [op for op in _CALLED if {op, _MADE_OF.get(op, op)} <= self.target.batch_invariant]
         accepted = [op for op in claimed if self.target.supports(op, KernelSpec(dtype, self.device)) is None]
         if not accepted:
             skip(f"no op claims batch_invariant in {dtype}")
@@ -156,17 +163,17 @@ class KernelsConformance(Conformance):
                         f"{op} in {dtype} claims batch_invariant; rows {chosen} of {_shapes(arguments)} differ in bits"
                     )
 
-    def test_deterministic_if_asked_for(self, op: str, dtype: str, seed: int) -> None:
+    def test_deterministic_if_asked_for(self, called_op: str, dtype: str, seed: int) -> None:
         """With `KernelSpec.deterministic`, equal input gives equal bits."""
         spec = KernelSpec(dtype, self.device, deterministic=True)
-        if (reason := self.target.supports(op, spec)) is not None:
-            skip(f"{op} in {dtype}: {reason}")
-        arguments = self._arguments(op, dtype, *_sources(seed), 9)
+        if (reason := self.target.supports(called_op, spec)) is not None:
+            skip(f"{called_op} in {dtype}: {reason}")
+        arguments = self._arguments(called_op, dtype, *_sources(seed), 9)
         first, *others = (
-            _runner(self.target(self.target_options, spec), op, arguments)(list(range(9))) for _ in range(3)
+            _runner(self.target(self.target_options, spec), called_op, arguments)(list(range(9))) for _ in range(3)
         )
         for again in others:
-            assert all(map(torch.equal, first, again)), f"{op} in {dtype}: two runs differ in bits"
+            assert all(map(torch.equal, first, again)), f"{called_op} in {dtype}: two runs differ in bits"
 
     # ── Making cases ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,7 +226,17 @@ class KernelsConformance(Conformance):
             return {"gate_up": values(rows, 2 * size, scale=rng.choice([0.01, 1.0, 8.0]))}
         if op == "embedding":
             return {"token_ids": numbers(50), "weight": values(50, size).contiguous()}
-        return {"x": values(rows, size), "weight": values(rng.choice([1, 7, 64]), size).contiguous()}
+        if op == "scale":
+            return {"x": values(rows, size), "factor": rng.uniform(-2, 2)}
+        if op == "argmax":
+            return {"logits": torch.randn(rows, size + 9, generator=generator).to(self.device)}
+        outputs = rng.choice([1, 7, 64])
+        if op == "make_block_embedding":
+            return {"token_ids": numbers(outputs), "weight": _blocks(outputs, 64, generator, self.device)}
+        if op == "make_block_linear":
+            parts = [_blocks(outputs, 64, generator, self.device), _blocks(33, 64, generator, self.device)]
+            return {"x": values(rows, 64), "weight": parts}
+        return {"x": values(rows, size), "weight": values(outputs, size).contiguous()}
 
 
 # ── The definitions, in float64 ─────────────────────────────────────────────────────────────────────────────────────
@@ -280,7 +297,20 @@ def _sources(seed: int) -> tuple[random.Random, torch.Generator]:
 
 
 def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
+    return tuple(map(torch.as_tensor, results if isinstance(results, tuple) else (results,)))
+
+
+def _blocks(rows: int, size: int, generator: torch.Generator, device: str) -> BlockWeight:
+    """A random weight in GGUF's Q8_0: per 32 values a scale in float16 and 32 signed bytes."""
+    scales = torch.rand(rows, size // 32, 1, generator=generator).half().view(torch.uint8)
+    quants = torch.randint(256, (rows, size // 32, 32), generator=generator).to(torch.uint8)
+
+    def decode(data: torch.Tensor) -> torch.Tensor:
+        blocks = data.contiguous().view(data.shape[0], -1, 34)
+        scale = blocks[:, :, :2].contiguous().view(torch.float16).float()
+        return (blocks[:, :, 2:].contiguous().view(torch.int8) * scale).flatten(1)
+
+    return BlockWeight("Q8_0", (rows, size), torch.cat((scales, quants), dim=2).flatten(1).to(device), decode)
 
 
 def _shapes(arguments: Arguments) -> str:
@@ -302,8 +332,11 @@ def _rows(arguments: Arguments, chosen: list[int]) -> Arguments:
 def _runner(kernels: Kernels, op: str, arguments: Arguments) -> Callable[[list[int]], tuple[torch.Tensor, ...]]:
     """chosen rows -> the op's results for them."""
     given = dict(arguments)
-    run: Any = kernels.make_linear(given.pop("weight")) if op == "make_linear" else getattr(kernels, op)
-    return lambda chosen: _as_tuple(run(**_rows(given, chosen)))
+    run: Any = getattr(kernels, op)
+    if op not in _MAKERS:
+        return lambda chosen: _as_tuple(run(**_rows(given, chosen)))
+    made = run(given.pop("weight"))
+    return lambda chosen: _as_tuple(made(*_rows(given, chosen).values()))
 
 
 def _scale(arguments: Arguments) -> torch.Tensor | None:

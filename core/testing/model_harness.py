@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from interlace.interfaces.attention import AttentionBackend
-from interlace.interfaces.kernels import Kernels, KernelSpec
+from interlace.interfaces.kernels import Kernels, KernelSpec, StepProgram
 from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache, Model, Parallel
 from interlace.interfaces.weights import BlockWeight, decode_all
 from interlace.kv.specs import group_layers
@@ -48,8 +48,10 @@ class ModelHarness:
         num_blocks: int = 512,
         max_model_len: int = 256,
         context: Callable[[list[LayerCache], list[Any]], ForwardContext] = ForwardContext,
+        program: bool = False,
     ) -> None:
-        """`context` makes the state each step is given, for tests that watch what a model does with it."""
+        """`context` makes the state each step is given, for tests that watch what a model does with it. `program`: run
+        steps as the kernels' step program; raises `ValueError` with their reason if they make none."""
         parallel = parallel or Parallel()
         self._context = context
         build = BuildContext(
@@ -78,11 +80,22 @@ class ModelHarness:
                 self._layers[layer] = LayerCache(backend, caches[j].view(layout.shape), number)
         windows = [group.window for group in self.groups]
         self._pager = Pager(windows, block_size, num_blocks, max_model_len, device)
+        self._program: StepProgram | None = None
+        if program:
+            layers = [self._layers[layer] for layer in range(len(self._layers))]
+            with torch.inference_mode():
+                made = build.kernels.compile_step(self.model, layers, max_model_len, max_model_len)
+            if isinstance(made, str):
+                raise ValueError(f"no step program: {made}")
+            self._program = made
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32."""
         with torch.inference_mode():
             batch = self._pager.next_batch(tokens)
+            if self._program is not None:
+                logits = self._program.run(batch, range(batch.num_tokens))[1].clone()
+                return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
             metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
             ctx = self._context([self._layers[layer] for layer in range(len(self._layers))], metadata)
             output = self.model.forward(batch.token_ids, batch.positions, ctx)

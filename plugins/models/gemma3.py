@@ -79,6 +79,7 @@ class Gemma3ForCausalLM(CausalLM):
             raise CheckpointError("use_bidirectional_attention = true: this is an encoder, which cannot generate text")
         super().__init__(config, build)
         # transformers rounds the factor to the type of the weights; so do we.
+        self._scale = build.kernels.scale
         self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=build.dtype))
         self._logit_softcap = float(config.raw.get("final_logit_softcapping") or 0.0)
 
@@ -100,7 +101,7 @@ class Gemma3ForCausalLM(CausalLM):
         ]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return super().embed(token_ids) * self._embedding_scale
+        return self._scale(super().embed(token_ids), self._embedding_scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().logits(hidden)

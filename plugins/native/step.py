@@ -20,7 +20,7 @@ class StepBuffers:
         self._context_lens = np.zeros(max_rows, dtype=np.int32)
         self._outputs = np.zeros(max_outputs, dtype=np.int64)
         self._places = np.arange(max_rows, dtype=np.int64)
-        self._groups = (Group * 1)()
+        self._groups = (Group * 0)()
         self._step = Step(
             query_start=self._query_start.ctypes.data,
             context_lens=self._context_lens.ctypes.data,
@@ -37,8 +37,8 @@ class StepBuffers:
         step.token_ids, step.positions = batch.token_ids.data_ptr(), batch.positions.data_ptr()
         if len(self._groups) != len(batch.block_tables):
             self._groups = (Group * len(batch.block_tables))()
+            step.groups = ctypes.cast(self._groups, ctypes.POINTER(Group))
+            step.num_groups = len(self._groups)
         for group, table, slots in zip(self._groups, batch.block_tables, batch.slot_mappings, strict=True):
             group.block_table, group.table_stride, group.slots = table.data_ptr(), table.stride(0), slots.data_ptr()
-        step.groups = ctypes.cast(self._groups, ctypes.POINTER(Group))
-        step.num_groups = len(batch.block_tables)
         return step

@@ -24,6 +24,9 @@ _VIEWS = frozenset(
      "as_strided", "permute", "transpose", "t", "detach", "unbind", "chunk", "_reshape_alias", "narrow", "unflatten"}
 )  # fmt: skip
 
+_VIEWS_OR_COPIES = frozenset({"flatten", "reshape", "contiguous"})
+"""Seen whole in inference mode; elsewhere torch takes them apart first."""
+
 
 class Recording(NamedTuple):
     """Stands for an attention backend's metadata while a model is recorded: a step will state the rest."""
@@ -51,9 +54,12 @@ class _NoCompute(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = func.overloadpacket.__name__  # type: ignore[attr-defined]
-        if name not in _VIEWS:
+        if name not in _VIEWS and name not in _VIEWS_OR_COPIES:
             raise NotRecordableError(f"the model calls torch's {name} between kernels")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in _VIEWS_OR_COPIES and result.data_ptr() != args[0].data_ptr():
+            raise NotRecordableError(f"torch's {name} copies a tensor between kernels")
+        return result
 
 
 class _Pool:

@@ -22,6 +22,7 @@ PUBLIC_MODULES = (
     # Types named in the signatures of the contracts:
     "interlace.spec",  # Executor.start
     "interlace.worker.batch",  # AttentionBackend.prepare
+    "interlace.sampling.distribution",  # Kernels.draw
 )
 KIND_MODULES = {
     # An executor exists to place workers and to time their steps.

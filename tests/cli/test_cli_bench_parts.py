@@ -21,7 +21,7 @@ def test_host_times_steps_and_admissions_without_a_model(capsys):
     assert all(step["microseconds"] > 0 for step in report["steps"])
     assert [added["shared_tokens"] for added in report["added"]] == [0, 512]
     # Half of each prompt is shared there: a thousand requests hash and take fewer new blocks.
-    assert all(added["add_ms"] > 0 and added["admit_ms"] > 0 for added in report["added"])
+    assert all(min(added["add_ms"], added["hash_ms"], added["admit_ms"]) > 0 for added in report["added"])
 
 
 def test_kernels_gives_each_op_against_the_peaks_of_the_same_run(capsys):

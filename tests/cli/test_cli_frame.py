@@ -12,6 +12,7 @@ import pytest
 from interlace import __version__, cli
 from interlace.cli.flags import split_settings
 from interlace.cli.parser import UsageError
+from interlace.config import all_settings
 from interlace.errors import ConfigError
 
 
@@ -44,9 +45,17 @@ def test_help_of_a_command(capsys, words):
     assert "interlace " + " ".join(words[:-1]) in out and "--config FILE" in out and "by its dotted path" in out
 
 
+def test_the_help_of_serve_lists_its_settings(capsys):
+    code, out, _ = run(capsys, "serve", "--help")
+    assert code == 0 and "  --server.port 8000\n        TCP port to listen on" in out
+    keys = [setting.key for setting in all_settings() if setting.key.startswith("server.")]
+    assert len(keys) > 20 and all(f"  --{key}" in out for key in keys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["serve", "smollm2"], "unexpected argument 'smollm2'. If that is the model: --model smollm2. See interlace"),
         (["confg"], "unknown command 'confg'. Did you mean 'config'? Commands: "),
         (["--scheduler.use=fcfs"], "a command is missing before '--scheduler.use=fcfs'"),
         (["config", "--jsn"], "unknown flag '--jsn'. Did you mean '--json'? See interlace config --help"),

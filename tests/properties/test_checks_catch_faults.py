@@ -2,6 +2,7 @@
 
 import logging
 
+import msgspec
 import pytest
 
 from interlace.engine.core import EngineCore
@@ -201,10 +202,13 @@ def test_a_step_over_budget(monkeypatch):
 
 
 def test_a_token_out_of_order(monkeypatch):
-    def swap(original, core, state, tokens, result, row):
-        original(core, state, [token + (state.num_known == 11) for token in tokens], result, row)
+    def swap(original, core, step, result):
+        owners = [state for state, count in zip(step.requests, result.counts, strict=True) for _ in range(count)]
+        pairs = zip(owners, result.token_ids, strict=True)
+        token_ids = [token + (state.num_known == 11) for state, token in pairs]
+        return original(core, step, msgspec.structs.replace(result, token_ids=token_ids))
 
-    wrap(monkeypatch, EngineCore, "_append", swap)
+    wrap(monkeypatch, EngineCore, "_confirm", swap)
     find_fault()
 
 

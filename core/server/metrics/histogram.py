@@ -22,6 +22,8 @@ SECONDS = geometric(0.001, 1000.0)
 """For times of requests: 1 ms to 17 min."""
 GAP_SECONDS = geometric(0.0005, 50.0, (1, 1.5, 2, 3, 4, 6, 8))
 """For times between tokens and of steps: 0.5 ms to 50 s."""
+BLOCK_SECONDS = geometric(0.001, 100_000.0, (1, 2, 5))
+"""For the lives of KV blocks: 1 ms to a day."""
 TOKENS = geometric(1, 1_000_000, (1, 2, 5))
 COUNTS = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """For small numbers such as `n` and preemptions."""

@@ -224,6 +224,11 @@ HISTOGRAMS: tuple[Metric, ...] = (
     ),
     _histogram("request_params_n", "Samples of a request.", "request_n"),
     _histogram("request_num_preemptions", "Preemptions of a request.", "request_preemptions"),
+    _histogram("kv_block_lifetime_seconds", "Of a sample of KV blocks: from being taken to eviction.", "kv_lifetime"),
+    _histogram(
+        "kv_block_idle_before_evict_seconds", "Of a sample of KV blocks: from the last use to eviction.", "kv_idle"
+    ),
+    _histogram("kv_block_reuse_gap_seconds", "Of a sample of KV blocks: from one use to the next.", "kv_reuse_gap"),
     _histogram("iteration_tokens_total", "Tokens computed in a step.", "iteration_tokens"),
     _histogram("step_seconds", "What the executor spent on a step.", "step_seconds", compat=False),
 )

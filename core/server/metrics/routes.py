@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI, Request, Response
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from interlace.server.metrics.exposition import EngineCollector, make_registry
 from interlace.server.metrics.http import HttpTotals
@@ -25,4 +28,7 @@ def install(app: FastAPI, state: ServerState) -> None:
     def metrics(request: Request) -> Response:
         """Everything this server counts, as Prometheus text or, where the client accepts it, OpenMetrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        if content_type.startswith("application/openmetrics-text"):
+            # Our names need no escaping, and that of the library (0.26) would make `vllm_…` of `vllm:…`.
+            encode = partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8)
         return Response(encode(registry), media_type=None, headers={"content-type": content_type})

@@ -6,8 +6,8 @@ import threading
 
 from interlace.engine.front import Observer
 from interlace.engine.output_processor import Processed
-from interlace.messages import RequestSummary, StepOutput, StepStats
-from interlace.server.metrics.histogram import COUNTS, GAP_SECONDS, SECONDS, TOKENS, Histogram
+from interlace.messages import KVBlockTimes, RequestSummary, StepOutput, StepStats
+from interlace.server.metrics.histogram import BLOCK_SECONDS, COUNTS, GAP_SECONDS, SECONDS, TOKENS, Histogram
 
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -50,6 +50,9 @@ class EngineTotals(Observer):
         self.request_max_tokens = Histogram(TOKENS)
         self.request_n = Histogram(COUNTS)
         self.request_preemptions = Histogram(COUNTS)
+        self.kv_lifetime = Histogram(BLOCK_SECONDS)
+        self.kv_idle = Histogram(BLOCK_SECONDS)
+        self.kv_reuse_gap = Histogram(BLOCK_SECONDS)
         self._last_prefix = (0, 0)
 
     def on_step(self, step: StepOutput, done: Processed) -> None:
@@ -80,8 +83,19 @@ class EngineTotals(Observer):
             self.prefix_queries += prefix[0] - queries
             self.prefix_hits += prefix[1] - hits
             self._last_prefix = prefix
+        if stats.kv_block_times is not None:
+            self._add_block_times(stats.kv_block_times)
         for account, seconds in stats.plugin_seconds.items():
             self.plugin_seconds[account] = self.plugin_seconds.get(account, 0.0) + seconds
+
+    def _add_block_times(self, times: KVBlockTimes) -> None:
+        for histogram, values in (
+            (self.kv_lifetime, times.lifetimes),
+            (self.kv_idle, times.idle_before_evict),
+            (self.kv_reuse_gap, times.reuse_gaps),
+        ):
+            for seconds in values:
+                histogram.observe(seconds)
 
     def _add_summary(self, summary: RequestSummary) -> None:
         self.finished[summary.finish_reason] = self.finished.get(summary.finish_reason, 0) + 1

@@ -1,7 +1,6 @@
-// Products with weights in blocks of small integers, by activations rounded to 8 bits.
+// Products with weights in blocks of small integers, by activations in 8 bits (linear_quant.h).
 //
-// Activations are quantised per 32 of a row: scale = largest / 127, quant = round(value / scale). With w = d * (u - z) or
-// d * u + m a result is, block after block in order and for any number of rows,
+// With w = d * (u - z) or d * u + m a result is, block after block in order and for any number of rows,
 //   total += d * (scale * sum((u - z) * quant))  [+ m * (scale * sum(quant))]
 // where the sums of integers are exact.
 #pragma once
@@ -9,106 +8,6 @@
 #include "linear_tile.h"
 
 namespace IL_ISA {
-
-using interlace::BLOCK;
-
-inline vint greater(vint a, vint b) { return a > b ? a : b; }
-
-inline vfloat as_float(vint bits) { return (vfloat)bits; }
-
-inline int32_t bits_of(float value) {
-  int32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// One block. What is not finite makes the scale so, and with it the results of the row.
-inline void quantize_block(const float *x, int8_t *quants, ActBlock &block) {
-  vint largest{};
-  for (int at = 0; at < BLOCK; at += LANES) largest = greater((vint)load(x + at) & 0x7fffffff, largest);
-  int32_t largest_bits = 0;  // not negative, so as whole numbers they are in the order of the values, NaN last
-  for (int lane = 0; lane < LANES; ++lane) largest_bits = largest[lane] > largest_bits ? largest[lane] : largest_bits;
-  float scale;
-  std::memcpy(&scale, &largest_bits, 4);
-  scale *= 1.0f / 127.0f;
-  const bool tiny = scale < 1.2e-38f;  // its inverse would overflow
-  const float inverse = tiny ? 0.0f : 1.0f / scale;
-  int32_t sums[2] = {0, 0};
-  for (int half = 0; half < 2; ++half) {
-    vint sum{};
-    for (int at = 16 * half; at < 16 * half + 16; at += LANES) {
-      // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
-      const vint rounded = (vint)(load(x + at) * broadcast(inverse) + broadcast(12582912.0f)) - 0x4b400000;
-      sum += rounded;
-      for (int lane = 0; lane < LANES; ++lane) quants[at + lane] = static_cast<int8_t>(rounded[lane]);
-    }
-    for (int lane = 0; lane < LANES; ++lane) sums[half] += sum[lane];
-  }
-  block.scale = tiny ? 0.0f : scale;
-  block.scaled_sum = block.scale * static_cast<float>(sums[0] + sums[1]);
-  block.offset = -128 * (sums[0] + sums[1]);
-  block.halves[0] = -128 * sums[0];
-  block.halves[1] = -128 * sums[1];
-}
-
-template <typename T>
-inline void quantize_row(const T *x, int64_t size, int8_t *quants, ActBlock *blocks) {
-  alignas(64) float values[BLOCK];
-  for (int64_t first = 0; first < size; first += BLOCK) {
-    const int64_t count = size - first < BLOCK ? size - first : BLOCK;
-    for (int64_t at = 0; at < count; ++at) values[at] = to_float(x[first + at]);
-    for (int64_t at = count; at < BLOCK; ++at) values[at] = 0;
-    quantize_block(values, quants + first, blocks[first / BLOCK]);
-  }
-}
-
-// ── sums of four products in each lane: unsigned weights, signed activations, exact ─────────────────────────────────
-
-#if defined(IL_AVX512)
-struct Quad {
-  __m512i four;
-  explicit Quad(const uint8_t *quants) {
-    int32_t bits;
-    std::memcpy(&bits, quants, 4);
-    four = _mm512_set1_epi32(bits);
-  }
-};
-inline vint add_products(vint sum, vuint weights, Quad quad) {
-  return (vint)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, quad.four);
-}
-#elif defined(__SSE2__)
-// By pairs of 16-bit products, which cannot overflow (255 * 127 * 2 twice would in 16 bits).
-inline vint multiply_pairs(vuint weights, vint values) {
-#if defined(IL_AVX2)
-  return (vint)_mm256_madd_epi16((__m256i)weights, (__m256i)values);
-#else
-  return (vint)_mm_madd_epi16((__m128i)weights, (__m128i)values);
-#endif
-}
-struct Quad {
-  vint even, odd;
-  explicit Quad(const uint8_t *quants) {
-    const int8_t *q = reinterpret_cast<const int8_t *>(quants);
-    even = vint{} + ((q[0] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(q[2]) << 16));
-    odd = vint{} + ((q[1] & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(q[3]) << 16));
-  }
-};
-inline vint add_products(vint sum, vuint weights, const Quad &quad) {
-  sum += multiply_pairs(weights & 0x00ff00ffu, quad.even);
-  return sum + multiply_pairs((weights >> 8) & 0x00ff00ffu, quad.odd);
-}
-#else
-struct Quad {
-  int32_t q[4];
-  explicit Quad(const uint8_t *quants) {
-    for (int at = 0; at < 4; ++at) q[at] = reinterpret_cast<const int8_t *>(quants)[at];
-  }
-};
-inline vint add_products(vint sum, vuint weights, const Quad &quad) {
-  for (int at = 0; at < 4; ++at) sum += (vint)((weights >> (8 * at)) & 0xffu) * quad.q[at];
-  return sum;
-}
-#endif
 
 inline vfloat load_half(const uint8_t *from) {
 #if defined(IL_AVX512)
@@ -199,66 +98,90 @@ inline vuint weights_of(const uint8_t *words, int quad) {
   return stored + (128 - F::ZERO) * 0x01010101u;
 }
 
+// Vectors of outputs that share a loaded activation. Loads are what limits these products (two in a cycle, as many as
+// vpdpbusd), so it takes more than one.
+constexpr int SHARING = 2;
+constexpr int TOTAL_VECTORS = interlace::BLOCK_STRIPS * STRIP / LANES;
+
+// total[row * TOTAL_VECTORS + vector] += one block of SHARING vectors; `words` and `places` are theirs.
 template <typename F, int ROWS>
-void block_tile(const Tile &tile) {
-  constexpr int STRIPS = interlace::BLOCK_STRIPS, PER_STRIP = STRIP / LANES, VECTORS = STRIPS * PER_STRIP;
-  constexpr int QUADS = 8 / F::GROUPS;
-  const Panel &panel = *tile.panel;
-  vfloat total[ROWS][VECTORS] = {};
-  const uint8_t *ahead = tile.ahead.first;
-  for (int64_t block = 0; block < tile.depth; ++block) {
-    if (block == tile.ahead.turn) ahead = tile.ahead.second;
-    for (int64_t at = 0; at < tile.ahead.step; at += 64) __builtin_prefetch(ahead + at, 0, 3);
-    ahead += tile.ahead.step;
-    const ActBlock *acts[ROWS];
+inline __attribute__((always_inline)) void add_block(const uint8_t *const (&words)[SHARING],
+                                                     const ScalePlace (&places)[SHARING], const ActBlock<ROWS> &x,
+                                                     vfloat *total) {
+  constexpr int GROUP_QUADS = QUADS / F::GROUPS;
+#pragma GCC unroll 2
+  for (int group = 0; group < F::GROUPS; ++group) {
+    const int32_t *offsets = F::GROUPS == 1 ? x.offset : x.halves[group];
+    vint sum[ROWS][SHARING];
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row)
-      acts[row] = reinterpret_cast<const ActBlock *>(reinterpret_cast<const uint8_t *>(tile.blocks) +
-                                                     row * tile.blocks_stride) + block;
-    const uint8_t *x = tile.x + block * BLOCK;
-#pragma GCC unroll 8
-    for (int vector = 0; vector < VECTORS; ++vector) {
-      const int64_t strip = block * STRIPS + vector / PER_STRIP;
-      const int lane = vector % PER_STRIP * LANES;
-      const uint8_t *words = panel.values + (strip * F::WORDS * STRIP + lane) * 4;
-      const ScalePlace place{panel.scales + strip * F::SCALE_BYTES * STRIP,
-                             panel.supers + (block / 8 * STRIPS + vector / PER_STRIP) * F::SUPER_BYTES * STRIP, lane};
 #pragma GCC unroll 2
-      for (int group = 0; group < F::GROUPS; ++group) {
-        vint sum[ROWS];
+      for (int at = 0; at < SHARING; ++at) sum[row][at] = vint{} + (F::HAS_MIN ? 0 : offsets[row]);
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row)
-          sum[row] = vint{} + (F::HAS_MIN ? 0 : F::GROUPS == 1 ? acts[row]->offset : acts[row]->halves[group]);
+    for (int quad = group * GROUP_QUADS; quad < group * GROUP_QUADS + GROUP_QUADS; ++quad) {
+      const vuint weights[SHARING] = {weights_of<F>(words[0], quad), weights_of<F>(words[1], quad)};
 #pragma GCC unroll 8
-        for (int quad = group * QUADS; quad < group * QUADS + QUADS; ++quad) {
-          const vuint weights = weights_of<F>(words, quad);
+      for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+        for (int at = 0; at < SHARING; ++at)
+          sum[row][at] = add_products(sum[row][at], weights[at], x.quads[quad][row]);
+    }
+#pragma GCC unroll 2
+    for (int at = 0; at < SHARING; ++at) {
+      vfloat scale{};
+      if constexpr (F::HAS_SCALE) scale = F::scale(places[at], group);
 #pragma GCC unroll 8
-          for (int row = 0; row < ROWS; ++row)
-            sum[row] = add_products(sum[row], weights, Quad(x + row * tile.x_stride + 4 * quad));
-        }
-        vfloat scale{};
-        if constexpr (F::HAS_SCALE) scale = F::scale(place, group);
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) {
-          const vfloat exact = __builtin_convertvector(sum[row], vfloat);
-          if constexpr (F::HAS_SCALE)
-            total[row][vector] += exact * acts[row]->scale * scale;
-          else
-            total[row][vector] += exact * acts[row]->scale;
-        }
-      }
-      if constexpr (F::HAS_MIN) {
-        const vfloat minimum = F::minimum(place);
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) total[row][vector] += minimum * acts[row]->scaled_sum;
+      for (int row = 0; row < ROWS; ++row) {
+        const vfloat scaled = __builtin_convertvector(sum[row][at], vfloat);
+        if constexpr (F::HAS_SCALE)
+          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row] * scale;
+        else
+          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row];
       }
     }
   }
+  if constexpr (F::HAS_MIN) {
+#pragma GCC unroll 2
+    for (int at = 0; at < SHARING; ++at) {
+      const vfloat minimum = F::minimum(places[at]);
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; ++row) total[row * TOTAL_VECTORS + at] += minimum * x.scaled_sum[row];
+    }
+  }
+}
+
+template <typename F, int ROWS>
+void block_tile(const Tile &tile) {
+  constexpr int STRIPS = interlace::BLOCK_STRIPS, PER_STRIP = STRIP / LANES;
+  const Panel &panel = *tile.panel;
+  vfloat total[ROWS * TOTAL_VECTORS] = {};
+  const ActBlock<ROWS> *x = reinterpret_cast<const ActBlock<ROWS> *>(tile.x);
+  const uint8_t *ahead = tile.ahead.first;
+  for (int64_t block = 0; block < tile.depth; ++block, ++x) {
+    if (block == tile.ahead.turn) ahead = tile.ahead.second;
+    for (int64_t at = 0; at < tile.ahead.step; at += 64) fetch(ahead + at);
+    ahead += tile.ahead.step;
+#pragma GCC unroll 1
+    for (int vector = 0; vector < TOTAL_VECTORS; vector += SHARING) {
+      const uint8_t *words[SHARING];
+      ScalePlace places[SHARING];
+#pragma GCC unroll 2
+      for (int at = 0; at < SHARING; ++at) {
+        const int64_t strip = (vector + at) / PER_STRIP, place = block * STRIPS + strip;
+        const int lane = (vector + at) % PER_STRIP * LANES;
+        words[at] = panel.values + (place * F::WORDS * STRIP + lane) * 4;
+        places[at] = {panel.scales + place * F::SCALE_BYTES * STRIP,
+                      panel.supers + (block / 8 * STRIPS + strip) * F::SUPER_BYTES * STRIP, lane};
+      }
+      add_block<F, ROWS>(words, places, *x, total + vector);
+    }
+  }
+#pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) {
     if constexpr (!F::HAS_SCALE)  // one scale per output
-      for (int vector = 0; vector < VECTORS; ++vector)
-        total[row][vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
-    put_row(tile, row, total[row]);
+      for (int vector = 0; vector < TOTAL_VECTORS; ++vector)
+        total[row * TOTAL_VECTORS + vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
+    put_row(tile, row, total + row * TOTAL_VECTORS);
   }
 }
 

@@ -9,8 +9,6 @@
 
 namespace IL_ISA {
 
-inline void fetch(const uint8_t *address) { __builtin_prefetch(address, 0, 3); }
-
 // Calls body(step) for all steps and fetches ahead; LINES cache lines a step.
 template <int LINES, typename Body>
 inline __attribute__((always_inline)) void walk(const Tile &tile, Body body) {

@@ -58,8 +58,8 @@ float half_to_float(uint16_t half) {
 uint16_t round_to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 template <int32_t FORMAT>
@@ -86,32 +86,62 @@ uint16_t bf16_at(const uint8_t *row, int64_t k) {
   return half;
 }
 
-template <int32_t FORMAT>
-void pack_bf16(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
-  const int64_t width = panel.strips * STRIP;
-  for (int64_t first = 0; first < in; first += 64)  // a piece of every row stays in the cache
-    for (int64_t row = 0; row < panel.rows; ++row) {
-      const uint8_t *from = rows + row * row_bytes;
-      uint16_t *to = reinterpret_cast<uint16_t *>(panel.values) + 2 * row;
-      const int64_t end = std::min(in, first + 64);
-      int64_t k = first;
-      for (; k + 1 < end; k += 2) {
-        const uint32_t pair = bf16_at<FORMAT>(from, k) | static_cast<uint32_t>(bf16_at<FORMAT>(from, k + 1)) << 16;
-        std::memcpy(to + k * width, &pair, 4);
-      }
-      if (k < end) to[k * width] = bf16_at<FORMAT>(from, k);  // an odd last input; its partner is zero
-    }
-}
+// Some inputs of a row as 32-bit words: floats, or pairs of bf16 (the partner of an odd last input is zero).
+constexpr int64_t CHUNK = 64;
 
 template <int32_t FORMAT>
-void pack_f32(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
-  const int64_t width = panel.strips * STRIP;
-  for (int64_t first = 0; first < in; first += 64)
-    for (int64_t row = 0; row < panel.rows; ++row) {
-      float *to = reinterpret_cast<float *>(panel.values) + row;
-      for (int64_t k = first; k < std::min(in, first + 64); ++k)
-        to[k * width] = value_at<FORMAT>(rows + row * row_bytes, k);
+void words_of(const uint8_t *row, int64_t first, int64_t count, bool pairs, uint32_t *words) {
+  if (!pairs) {
+    for (int64_t k = 0; k < count; ++k) {
+      const float value = value_at<FORMAT>(row, first + k);
+      std::memcpy(words + k, &value, 4);
     }
+    return;
+  }
+  uint16_t *halves = reinterpret_cast<uint16_t *>(words);
+  for (int64_t k = 0; k < count; ++k) halves[k] = bf16_at<FORMAT>(row, first + k);
+  if (count % 2 != 0) halves[count] = 0;
+}
+
+// Words [4 rows][count] -> [count][4 rows], four at a time; rows of the result are `width` words apart.
+void transpose(const uint32_t (*rows)[CHUNK], int64_t count, uint32_t *to, int64_t width) {
+  typedef uint32_t four __attribute__((vector_size(16)));
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    four in[4];
+    for (int row = 0; row < 4; ++row) std::memcpy(&in[row], rows[row] + k, 16);
+    const four low01 = __builtin_shuffle(in[0], in[1], four{0, 4, 1, 5});
+    const four low23 = __builtin_shuffle(in[2], in[3], four{0, 4, 1, 5});
+    const four high01 = __builtin_shuffle(in[0], in[1], four{2, 6, 3, 7});
+    const four high23 = __builtin_shuffle(in[2], in[3], four{2, 6, 3, 7});
+    const four out[4] = {
+        __builtin_shuffle(low01, low23, four{0, 1, 4, 5}), __builtin_shuffle(low01, low23, four{2, 3, 6, 7}),
+        __builtin_shuffle(high01, high23, four{0, 1, 4, 5}), __builtin_shuffle(high01, high23, four{2, 3, 6, 7})};
+    for (int at = 0; at < 4; ++at) std::memcpy(to + (k + at) * width, &out[at], 16);
+  }
+  for (; k < count; ++k)
+    for (int row = 0; row < 4; ++row) to[k * width + row] = rows[row][k];
+}
+
+// Plain weights: a step's words of all rows of the panel side by side.
+template <int32_t FORMAT>
+void pack_words(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  const bool pairs = panel.format == IL_FMT_BF16;
+  const int64_t width = panel.strips * STRIP, inputs = pairs ? 2 * CHUNK : CHUNK;
+  uint32_t words[4][CHUNK] = {};
+  for (int64_t first = 0; first < in; first += inputs) {
+    const int64_t count = std::min(inputs, in - first), steps = pairs ? (count + 1) / 2 : count;
+    uint32_t *to = reinterpret_cast<uint32_t *>(panel.values) + (pairs ? first / 2 : first) * width;
+    for (int64_t row = 0; row < panel.rows; row += 4) {
+      for (int64_t at = 0; at < 4; ++at) {
+        if (row + at < panel.rows)
+          words_of<FORMAT>(rows + (row + at) * row_bytes, first, count, pairs, words[at]);
+        else
+          std::memset(words[at], 0, sizeof words[at]);
+      }
+      transpose(words, steps, to + row, width);
+    }
+  }
 }
 
 // Symmetric, 127 steps each way, per row.
@@ -141,9 +171,10 @@ void pack_int8(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64
 
 template <int32_t FORMAT>
 void pack_floats(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
-  if (panel.format == IL_FMT_F32) return pack_f32<FORMAT>(panel, rows, row_bytes, in);
-  if (panel.format == IL_FMT_BF16) return pack_bf16<FORMAT>(panel, rows, row_bytes, in);
-  pack_int8<FORMAT>(panel, rows, row_bytes, in);
+  if (panel.format == IL_FMT_INT8)
+    pack_int8<FORMAT>(panel, rows, row_bytes, in);
+  else
+    pack_words<FORMAT>(panel, rows, row_bytes, in);
 }
 
 void pack_panel(const Panel &panel, const il_part &part, int64_t first, int64_t in) {

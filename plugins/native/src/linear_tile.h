@@ -1,6 +1,7 @@
 // What tile kernels are given, and what they all end with.
 #pragma once
 
+#include "linear_quant.h"
 #include "linear_weight.h"
 #include "runtime.h"
 #include "vector.h"
@@ -13,24 +14,13 @@ using interlace::STRIP;
 #if defined(IL_AVX512)
 constexpr int FLOAT_STRIPS = 3;  // 8 x 48 results: 24 of the 32 registers, 3 for weights
 constexpr int FLOAT_TILE_ROWS = 8;
-constexpr int BLOCK_TILE_ROWS = 8;
 #elif defined(IL_AVX2)
 constexpr int FLOAT_STRIPS = 1;
 constexpr int FLOAT_TILE_ROWS = 6;
-constexpr int BLOCK_TILE_ROWS = 4;
 #else
 constexpr int FLOAT_STRIPS = 1;
 constexpr int FLOAT_TILE_ROWS = 2;
-constexpr int BLOCK_TILE_ROWS = 2;
 #endif
-
-// 32 activations of a row in 8 bits: value = scale * quant.
-struct ActBlock {
-  float scale;
-  float scaled_sum;   // scale * sum of quants
-  int32_t offset;     // -128 * sum of quants: what weights stored as value + 128 add too much
-  int32_t halves[2];  // the same of the first and the last 16
-};
 
 // Memory that will be read soon: `step` bytes are fetched from `first` on in every step of the innermost loop until
 // `turn`, from then on from `second`.
@@ -46,15 +36,15 @@ struct Tile {
   const Panel *panel;
   const float *bias;  // of the panel, or NULL
   const uint8_t *x;   // activations in the form that the panel's format takes
-  int64_t x_stride;   // bytes
-  const ActBlock *blocks;
-  int64_t blocks_stride;
+  int64_t x_stride;   // bytes; of plain activations
   int64_t depth;  // steps of the innermost loop
   uint8_t *out;   // [rows, panel's rows]
   int64_t out_stride;  // bytes
   bool wide;           // float32 results, else bf16
   Ahead ahead;
 };
+
+inline void fetch(const uint8_t *address) { __builtin_prefetch(address, 0, 3); }
 
 using TileKernel = void (*)(const Tile &);
 

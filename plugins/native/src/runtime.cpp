@@ -21,9 +21,10 @@
 namespace interlace {
 namespace {
 
-// Spinning is for waits of a few microseconds within a step; past that the thread sleeps, so an idle engine costs nothing
-// and a crowded machine gets its core back.
-constexpr int SPINS_BEFORE_YIELD = 2000;
+// Spinning is for waits of a few microseconds within a step. Past that a thread sleeps, so an idle engine costs nothing. At
+// a barrier, a long wait means that another thread of the team has lost its core to somebody else; the core of a sleeper
+// is where the system lets it go on at once, while one that spins, or yields, would keep it waiting for a time slice.
+constexpr int SPINS_AT_BARRIER = 2000;
 constexpr int SPINS_BEFORE_SLEEP = 20000;
 
 void pause_cpu() {
@@ -77,15 +78,17 @@ void Team::barrier() {
   if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
     arrived.store(0, std::memory_order_relaxed);
     claimed.store(0, std::memory_order_relaxed);
-    phase.store(now + 1, std::memory_order_release);
+    phase.store(now + 1);
+    if (sleepers.load() > 0) futex_wake_all(&phase);
     return;
   }
-  for (int spins = 0; phase.load(std::memory_order_acquire) == now; ++spins) {
-    if (spins < SPINS_BEFORE_YIELD)
-      pause_cpu();
-    else
-      std::this_thread::yield();
+  for (int spins = 0; spins < SPINS_AT_BARRIER; ++spins) {
+    if (phase.load(std::memory_order_acquire) != now) return;
+    pause_cpu();
   }
+  sleepers.fetch_add(1);
+  while (phase.load() == now) futex_wait(&phase, now);
+  sleepers.fetch_sub(1);
 }
 
 }  // namespace interlace

@@ -11,9 +11,10 @@ namespace interlace {
 // State that the threads of one runtime share while a program runs.
 struct Team {
   int32_t size = 1;
-  std::atomic<int32_t> arrived{0};
-  std::atomic<uint32_t> phase{0};
-  std::atomic<int64_t> claimed{0};
+  alignas(64) std::atomic<int32_t> arrived{0};
+  std::atomic<int32_t> sleepers{0};  // at the barrier
+  alignas(64) std::atomic<uint32_t> phase{0};
+  alignas(64) std::atomic<int64_t> claimed{0};
 
   // Wait for all threads. The last to arrive takes back what was claimed.
   void barrier();

@@ -148,6 +148,15 @@ def test_settings_and_callers_reach_the_engine(http, engine):
     assert request.seed == 4 and request.deadline is not None
 
 
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_fit_are_as_many_as_fit(http, engine, key):
+    thread = behind(engine, lambda: engine.die(RuntimeError("enough")))
+    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], key: 90_000})
+    thread.join()
+    [request] = engine.added
+    assert request.params.max_tokens == 128 - len(request.prompt_token_ids), "max_model_len of the fake is 128"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "retry"),
     [

@@ -19,6 +19,17 @@ KEY = "a-key-for-metrics"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 STORED = json.loads(Path(__file__).with_name("vllm_names.json").read_text("utf-8"))
 
+PLAIN = "text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+SCRAPERS = {
+    "curl": "*/*",
+    "prometheus 2": f"application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1,{PLAIN}",
+    "prometheus 3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    f"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,{PLAIN}",
+    "underscores": "application/openmetrics-text;version=1.0.0;escaping=underscores",
+    "plain 1.0": "text/plain;version=1.0.0;escaping=underscores",
+}
+"""`Accept` headers of those who scrape."""
+
 
 @pytest.fixture(scope="module")
 def served(serving):
@@ -81,6 +92,78 @@ def test_every_name_of_vllm_that_has_a_meaning_here_is_there(served):
     assert not found, "names vLLM does not have"
 
 
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        # Gauges and infos that routers balance by.
+        ("num_requests_running", {}),
+        ("num_requests_waiting", {}),
+        ("kv_cache_usage_perc", {}),
+        ("cache_config_info", {"block_size": "32"}),
+        # What the panels of vLLM's own dashboards are made of.
+        ("num_requests_waiting_by_reason", {"reason": "capacity"}),
+        ("num_requests_waiting_by_reason", {"reason": "deferred"}),
+        ("prompt_tokens_total", {}),
+        ("generation_tokens_total", {}),
+        ("prompt_tokens_cached_total", {}),
+        ("prompt_tokens_by_source_total", {"source": "local_compute"}),
+        ("prompt_tokens_by_source_total", {"source": "local_cache_hit"}),
+        ("prompt_tokens_by_source_total", {"source": "external_kv_transfer"}),
+        ("prefix_cache_hits_total", {}),
+        ("prefix_cache_queries_total", {}),
+        ("num_preemptions_total", {}),
+        ("request_success_total", {"finished_reason": "stop"}),
+        ("request_success_total", {"finished_reason": "length"}),
+        ("request_success_total", {"finished_reason": "abort"}),
+        ("request_success_total", {"finished_reason": "error"}),
+        ("admission_rejections_total", {"reason": "max_num_queued_reqs"}),
+        ("iteration_tokens_total_bucket", {"le": "+Inf"}),
+        ("iteration_tokens_total_sum", {}),
+        ("request_max_num_generation_tokens_sum", {}),
+        ("request_params_max_tokens_bucket", {"le": "+Inf"}),
+        *(
+            (f"{histogram}{suffix}", {"le": "+Inf"} if suffix == "_bucket" else {})
+            for histogram in (
+                "time_to_first_token_seconds",
+                "inter_token_latency_seconds",
+                "request_time_per_output_token_seconds",
+                "e2e_request_latency_seconds",
+                "request_queue_time_seconds",
+                "request_prefill_time_seconds",
+                "request_decode_time_seconds",
+                "request_inference_time_seconds",
+                "request_prompt_tokens",
+                "request_generation_tokens",
+                "kv_block_lifetime_seconds",
+                "kv_block_idle_before_evict_seconds",
+                "kv_block_reuse_gap_seconds",
+            )
+            for suffix in ("_bucket", "_sum", "_count")
+        ),
+    ],
+)
+@pytest.mark.parametrize("scraper", SCRAPERS)
+def test_selectors_of_existing_dashboards_and_routers_select(compat_samples, scraper, name, labels):
+    """Exactly one series of a server each, for every scraper, under the labels by which dashboards filter."""
+    own = labels | {"engine": "0"} | ({} if name == "cache_config_info" else {"model_name": "smollm2"})
+    found = [s for s in compat_samples[scraper] if s.name == f"vllm:{name}" and own.items() <= s.labels.items()]
+    assert len(found) == 1
+
+
+@pytest.fixture(scope="module")
+def compat_samples(served):
+    """Scraper → all samples it gets."""
+    client = served[1]
+    complete(client, "Dashboards", max_tokens=2)
+    found = {}
+    for scraper, accept in SCRAPERS.items():
+        answer = client.get("/metrics", headers={"Accept": accept})
+        openmetrics = answer.headers["content-type"].startswith("application/openmetrics-text")
+        parse = parse_openmetrics if openmetrics else parse_text
+        found[scraper] = [sample for family in parse(answer.text) for sample in family.samples]
+    return found
+
+
 def test_the_numbers_are_those_of_the_requests(served):
     client = served[1]
     names = ("prompt_tokens", "generation_tokens", "prompt_tokens_cached", "prefix_cache_queries", "prefix_cache_hits")
@@ -100,6 +183,7 @@ def test_the_numbers_are_those_of_the_requests(served):
         )
         return counts
 
+    reuses = value(client, "kv_block_reuse_gap_seconds", "_count")
     before = read()
     prompt = list(range(1000, 1100))  # three full blocks of 32 and a rest
     complete(client, prompt, max_tokens=9)
@@ -129,6 +213,7 @@ def test_the_numbers_are_those_of_the_requests(served):
     by_source = {s.labels["source"]: s.value for s in families(client)["prompt_tokens_by_source"][1]}
     assert sum(by_source.values()) == value(client, "prompt_tokens")
     assert value(client, "plugin_seconds", kind="schedulers", plugin="fcfs") > 0
+    assert value(client, "kv_block_reuse_gap_seconds", "_count") > reuses, "every second block is watched"
     assert value(client, "prompt_tokens", prefix="vllm:") == value(client, "prompt_tokens")
 
 

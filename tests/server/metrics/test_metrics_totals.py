@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from interlace.engine.output_processor import Processed
-from interlace.messages import RequestMetrics, RequestSummary, StepOutput, StepStats
-from interlace.server.metrics.histogram import COUNTS, GAP_SECONDS, SECONDS, TOKENS, Histogram, geometric
+from interlace.messages import KVBlockTimes, RequestMetrics, RequestSummary, StepOutput, StepStats
+from interlace.server.metrics.histogram import BLOCK_SECONDS, COUNTS, GAP_SECONDS, SECONDS, TOKENS, Histogram, geometric
 from interlace.server.metrics.names import METRICS
 from interlace.server.metrics.totals import EngineTotals
 
@@ -25,7 +25,7 @@ def step(now=1.0, tokens=0, **changes):
     )
 
 
-@pytest.mark.parametrize("bounds", [SECONDS, GAP_SECONDS, TOKENS, COUNTS])
+@pytest.mark.parametrize("bounds", [SECONDS, GAP_SECONDS, TOKENS, COUNTS, BLOCK_SECONDS])
 def test_bounds_rise(bounds):
     assert list(bounds) == sorted(set(bounds))
     assert 8 <= len(bounds) <= 40
@@ -60,6 +60,15 @@ def test_counts_go_on_when_the_engine_begins_again():
     assert (totals.prefix_queries, totals.prefix_hits) == (150 + 30, 40 + 6)
     assert totals.plugin_seconds == {"schedulers:fcfs": 2.5}
     assert totals.steps == 5
+
+
+def test_the_lives_of_blocks_are_observed_one_by_one():
+    totals = EngineTotals()
+    for times in (None, KVBlockTimes([7.0, 9.0], [1.0, 2.0], [0.5]), KVBlockTimes([], [], [0.25])):
+        totals.on_step(step(kv_block_times=times), Processed([], {}, []))
+    assert (totals.kv_lifetime.count, totals.kv_lifetime.total) == (2, 16.0)
+    assert (totals.kv_idle.count, totals.kv_idle.total) == (2, 3.0)
+    assert (totals.kv_reuse_gap.count, totals.kv_reuse_gap.total) == (2, 0.75)
 
 
 def test_requests_that_reached_nothing_have_no_times():

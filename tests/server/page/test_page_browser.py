@@ -230,6 +230,14 @@ def test_errors_are_said(visit):
     expect(page.locator("#send")).to_be_visible()
 
 
+def test_a_limit_beyond_the_context_is_no_error(visit):
+    """Clients that know nothing of the context ask for a lot; they get what fits."""
+    page = visit().open()
+    ask(page, "Say hi.", max_tokens=90_000)
+    expect(page.locator(".assistant .meta")).to_contain_text("tokens", timeout=90_000)
+    assert page.locator(".assistant .failed").count() == 0
+
+
 def test_screenshots(visit, served, tmp_path):
     """What docs/ shows; written there on demand only, since every run looks a little different."""
     folder = Path(SCREENSHOTS) if SCREENSHOTS else tmp_path
