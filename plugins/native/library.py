@@ -117,6 +117,7 @@ def _load(path: str | None = None) -> ctypes.CDLL:
         "il_open": (pointer, [c_int32, ctypes.c_char_p]),
         "il_close": (None, [pointer]),
         "il_run": (c_int64, [pointer, pointer, c_int64, pointer]),
+        "il_use_huge_pages": (None, [pointer, c_int64]),
         "il_linear_pack": (pointer, [pointer, pointer, c_int64, c_int64, c_int32, pointer, pointer, c_int64]),
         "il_linear_free": (None, [pointer]),
         "il_linear_bytes": (c_int64, [pointer]),
@@ -151,6 +152,10 @@ class Library:
     def functions(self) -> ctypes.CDLL:
         """The C functions, for what is not an op (packing weights)."""
         return self._library
+
+    def use_huge_pages(self, memory: torch.Tensor) -> None:
+        """Advise the system to back `memory` with huge pages, as far as it has not been touched yet."""
+        self._library.il_use_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def run(self, ops: ctypes.Array[Op], count: int, step: Step) -> None:
         """Run the first `count` ops on the team; releases the GIL meanwhile. What the ops point to must stay alive."""

@@ -48,7 +48,7 @@ inline float fold_lanes(vfloat value, Fold fold) {
 #if defined(IL_AVX512) || defined(IL_AVX2)
 #if defined(IL_AVX512)
   const __m512 all = reinterpret_cast<__m512>(value);
-  const __m256 eight = fold.wide(_mm512_castps512_ps256(all), _mm512_maskz_extractf32x8_ps(0xff, all, 1));
+  const __m256 eight = fold.wide(_mm512_maskz_extractf32x8_ps(0xff, all, 0), _mm512_maskz_extractf32x8_ps(0xff, all, 1));
 #else
   const __m256 eight = reinterpret_cast<__m256>(value);
 #endif
