@@ -8,7 +8,7 @@ SHELL := bash
 .ONESHELL:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow lint format docs clean
+.PHONY: help setup models demo test test-slow asan lint format docs clean
 
 PYTHON ?=
 PIP_ARGS ?=
@@ -25,6 +25,7 @@ help:
 	echo "make demo       answer several prompts at once with the embedded model"
 	echo "make test       the fast tests"
 	echo "make test-slow  the slow tests, with a second real model and real prompts"
+	echo "make asan       tests of the C++ kernels with checks of every memory access"
 	echo "make lint       style and types"
 	echo "make format     put the style right"
 	echo "make docs       write the generated pages of docs/ anew"
@@ -103,6 +104,18 @@ models: setup
 
 test-slow: models
 	@$(PYTEST) -m slow $(ARGS)
+
+# Apart from the build that everything else uses. The sanitizer must be the first library of the process, and next to it
+# the one whose exceptions it watches; what Python keeps until its end is not a leak.
+ASAN := build/asan
+asan: setup
+	@echo "asan: building the kernels (a few minutes)"
+	export INTERLACE_KERNELS_SANITIZER=address
+	$(BIN)/python setup.py -q build_ext --build-lib $(ASAN)/lib --build-temp $(ASAN)/temp
+	preload=$$(for name in libasan.so libstdc++.so; do "$${CXX:-g++}" -print-file-name="$$name"; done)
+	export ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(echo $$preload)"
+	$(PYTEST) -m "not slow" --kernels-library $(ASAN)/lib/interlace/plugins/native/_kernels.abi3.so \
+	    tests/plugins/native tests/plugins/attention/test_native_*.py tests/plugins/kernels/test_native_*.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check --quiet core plugins tests docs/examples

@@ -6,6 +6,7 @@ The library has a plain C interface and is loaded with ctypes, so it depends on 
 
 from __future__ import annotations
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,9 @@ ISA_FLAGS = {
 }
 """Flags of the files that may use more than every processor of the architecture has; they are entered at run time only
 where the processor has it."""
+SANITIZER = os.environ.get("INTERLACE_KERNELS_SANITIZER", "")
+"""For a build that finds errors, such as `address`; see `make asan`."""
+SANITIZER_FLAGS = [f"-fsanitize={SANITIZER}", "-fno-omit-frame-pointer", "-O2", "-g1"] if SANITIZER else []
 
 
 class BuildKernels(build_ext):
@@ -40,7 +44,7 @@ class BuildKernels(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 depends=ext.depends,
-                extra_postargs=[*COMMON, *extra, *ext.extra_compile_args],
+                extra_postargs=[*COMMON, *extra, *ext.extra_compile_args, *SANITIZER_FLAGS],
             )
 
         with ThreadPoolExecutor() as pool:
@@ -48,7 +52,7 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=["-pthread", *ext.extra_link_args],
+            extra_postargs=["-pthread", *ext.extra_link_args, *SANITIZER_FLAGS],
             target_lang="c++",
         )
 

@@ -16,6 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 _THIRD_PARTY = ("aged", "broken", "demo", "evens", "misspelt", "rival", "vips")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels-library", help="test this build of the C++ kernels, such as that of `make asan`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--kernels-library"):
+        from interlace.plugins.native import library
+
+        library._load.__defaults__ = (str(Path(path).resolve(strict=True)),)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The top of the checkout."""
