@@ -107,6 +107,7 @@ class NativeAttention(AttentionBackend):
         floats = (spec.softmax_scale, spec.softcap)
         addresses = [tensor.data_ptr() for tensor in (query, key, value, cache, out)]
         if recording:
+            self.library.use_huge_pages(cache)
             recording.tape.emit(ATTENTION, query.dtype, query.shape[0], integers, floats, addresses)
         else:
             ops = (Op * 1)(make_op(ATTENTION, query.dtype, query.shape[0], integers, floats, addresses))

@@ -15,7 +15,7 @@ from interlace.interfaces.model import LayerCache, Model
 from interlace.interfaces.weights import BlockWeight
 from interlace.plugins.native import library as native
 from interlace.plugins.native.library import Library, NativeUnavailableError
-from interlace.plugins.native.linear import WAYS, NativeLinear, block_linear, kept_as
+from interlace.plugins.native.linear import BLOCKS, WAYS, NativeLinear, block_linear, kept_as
 from interlace.plugins.native.program import NativeProgram
 from interlace.plugins.native.tape import NotRecordableError, Tape
 
@@ -171,7 +171,7 @@ class NativeKernels(Kernels):
         return out
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-        form = native.BLOCK_FORMATS.get(weight.format)
+        form = BLOCKS.get(weight.format)
         if form is None:
             return super().make_block_embedding(weight)
         dtype: torch.dtype = getattr(torch, self.spec.dtype)

@@ -34,11 +34,6 @@ TOKENS, OUTPUTS = -1, -2
     DRAW,
 ) = range(13)
 
-BLOCK_FORMATS = {
-    "Q4_0": 10, "Q4_1": 11, "Q5_0": 12, "Q5_1": 13, "Q8_0": 14, "Q4_K": 20, "Q5_K": 21, "Q6_K": 22,
-}  # fmt: skip
-"""GGUF's name of a block format → il_format."""
-
 OP_NAMES = (
     "rms_norm",
     "add_rms_norm",
@@ -122,6 +117,7 @@ def _load(path: str | None = None) -> ctypes.CDLL:
         "il_open": (pointer, [c_int32, ctypes.c_char_p]),
         "il_close": (None, [pointer]),
         "il_run": (c_int64, [pointer, pointer, c_int64, pointer]),
+        "il_use_huge_pages": (None, [pointer, c_int64]),
         "il_linear_pack": (pointer, [pointer, pointer, c_int64, c_int64, c_int32, pointer, pointer, c_int64]),
         "il_linear_free": (None, [pointer]),
         "il_linear_bytes": (c_int64, [pointer]),
@@ -156,6 +152,10 @@ class Library:
     def functions(self) -> ctypes.CDLL:
         """The C functions, for what is not an op (packing weights)."""
         return self._library
+
+    def use_huge_pages(self, memory: torch.Tensor) -> None:
+        """Advise the system to back `memory` with huge pages, as far as it has not been touched yet."""
+        self._library.il_use_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def run(self, ops: ctypes.Array[Op], count: int, step: Step) -> None:
         """Run the first `count` ops on the team; releases the GIL meanwhile. What the ops point to must stay alive."""

@@ -10,63 +10,126 @@
 
 namespace IL_ISA {
 
-// Query rows of a piece into words, padded with zeros.
+// Where the tokens of a task lie. Granules that none of its rows sees are left out.
+inline void find_granules(const Layer &layer, const Task &task, Span *span) {
+  const Sequence sequence(*layer.step, task.piece.row);
+  const int64_t oldest = sequence.context + task.piece.first / layer.ratio;
+  const int64_t newest = sequence.context + (task.piece.last - 1) / layer.ratio;
+  const int64_t begin = std::max(task.tile * TILE, layer.first_seen(oldest));
+  const int64_t end = std::min((task.tile + 1) * TILE, newest + 1);
+  span->first = begin / GRANULE;
+  span->count = (end + GRANULE - 1) / GRANULE - span->first;
+  const int64_t per_block = layer.block_size / GRANULE;
+  int64_t block = span->first / per_block, inner = span->first % per_block;
+  const int32_t *table = layer.group->block_table + task.piece.row * layer.group->table_stride;
+  for (int64_t at = 0; at < span->count; ++at) {
+    const Granule granule(layer, table[block], inner, task.piece.kv_head);
+    span->keys[at] = granule.keys;
+    span->values[at] = granule.values;
+    span->key_scales[at] = granule.key_scales;
+    span->value_scales[at] = granule.value_scales;
+    if (++inner == per_block) ++block, inner = 0;
+  }
+}
+
+// Query rows of a piece, next to each other; and nothing summed up yet.
 template <typename T>
-void gather_queries(const Layer &layer, const Sequence &sequence, const Piece &piece, KeyTile<T> &tile) {
-  for (int64_t row = piece.first; row < piece.last; ++row) {
-    const int64_t token = sequence.start + row / layer.ratio, head = piece.kv_head * layer.ratio + row % layer.ratio;
+void begin_piece(const Layer &layer, const Sequence &sequence, const Piece &piece, KeyTile<T> &tile) {
+  for (int64_t row = 0; row < piece.last - piece.first; ++row) {
+    const int64_t at = piece.first + row, head = piece.kv_head * layer.ratio + at % layer.ratio;
+    const int64_t token = sequence.start + at / layer.ratio;
     const T *from = static_cast<const T *>(layer.query) + token * layer.query_stride + head * layer.head_size;
-    std::memcpy(tile.query[row - piece.first], from, layer.head_size * sizeof(T));
+    std::memcpy(tile.query[row], from, layer.head_size * sizeof(T));
+    std::memset(tile.sums[row], 0, layer.padded * sizeof(float));
+    tile.largest[row] = LOWEST;
+    tile.total[row] = 0.0f;
   }
 }
 
+inline vfloat load_bytes(const uint8_t *from) {
+#if defined(IL_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+  return reinterpret_cast<vfloat>(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
+#elif defined(IL_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+  return reinterpret_cast<vfloat>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  typedef int8_t vbyte __attribute__((vector_size(LANES), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const vbyte *>(from), vfloat);
+#endif
+}
+
+// 2 * LANES of them as T.
+inline void widen_some(const uint8_t *from, float *to) {
+  store(to, load_bytes(from));
+  store(to + LANES, load_bytes(from + LANES));
+}
+inline void widen_some(const uint8_t *from, bf16 *to) {
+#if defined(IL_AVX512)
+  const vfloat low = load_bytes(from), high = load_bytes(from + LANES);
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<const __m512 &>(high), reinterpret_cast<const __m512 &>(low));
+  std::memcpy(to, &both, sizeof both);
+#else
+  store(to, load_bytes(from));
+  store(to + LANES, load_bytes(from + LANES));
+#endif
+}
+
+// 8-bit keys and values of a tile as T, without their scales; meanwhile the next tile's are fetched.
 template <typename T>
-void widen(const Layer &layer, const Granule &granule, int64_t at, KeyTile<T> &tile) {
-  const int8_t *from[2] = {reinterpret_cast<int8_t *>(granule.keys), reinterpret_cast<int8_t *>(granule.values)};
+void widen(const Layer &layer, const Span &span, const Span &next, KeyTile<T> &tile) {
   const int64_t count = GRANULE * layer.padded;
-  for (int part = 0; part < 2; ++part) {
-    T *to = tile.wide[part] + at * count;
-    for (int64_t value = 0; value < count; value += LANES) {
-      typedef int8_t vbyte __attribute__((vector_size(LANES), aligned(1), may_alias));
-      store(to + value, __builtin_convertvector(*reinterpret_cast<const vbyte *>(from[part] + value), vfloat));
+  for (int64_t at = 0; at < span.count; ++at) {
+    const int64_t later = std::min(at, next.count - 1);
+    for (int part = 0; part < 2; ++part) {
+      const uint8_t *from = part ? span.values[at] : span.keys[at];
+      const uint8_t *ahead = later < 0 ? from : part ? next.values[later] : next.keys[later];
+      T *to = tile.wide[part] + at * count;
+      for (int64_t value = 0; value < count; value += 2 * LANES) {
+        widen_some(from + value, to + value);
+        __builtin_prefetch(ahead + value);
+      }
     }
-  }
-  std::memcpy(tile.key_scales + at * GRANULE, granule.key_scales, GRANULE * sizeof(float));
-  std::memcpy(tile.value_scales + at * GRANULE, granule.value_scales, GRANULE * sizeof(float));
-  tile.keys[at] = reinterpret_cast<const uint8_t *>(tile.wide[0] + at * count);
-  tile.values[at] = reinterpret_cast<const uint8_t *>(tile.wide[1] + at * count);
-}
-
-// Granules [first, last) of a sequence.
-template <typename T>
-void find_granules(const Layer &layer, const Piece &piece, int64_t first, int64_t last, KeyTile<T> &tile) {
-  const int32_t *table = layer.group->block_table + piece.row * layer.group->table_stride;
-  for (int64_t at = first; at < last; ++at) {
-    const int64_t position = at * GRANULE;
-    const Granule granule(layer, table[position / layer.block_size], position % layer.block_size, piece.kv_head);
-    tile.keys[at - first] = granule.keys;
-    tile.values[at - first] = granule.values;
-    if (layer.is_int8) widen(layer, granule, at - first, tile);
+    std::memcpy(tile.key_scales + at * GRANULE, span.key_scales[at], GRANULE * sizeof(float));
+    std::memcpy(tile.value_scales + at * GRANULE, span.value_scales[at], GRANULE * sizeof(float));
+    tile.keys[at] = reinterpret_cast<const uint8_t *>(tile.wide[0] + at * count);
+    tile.values[at] = reinterpret_cast<const uint8_t *>(tile.wide[1] + at * count);
+    tile.ahead[at] = tile.keys[at];
+    tile.ahead[span.count + at] = tile.values[at];
   }
 }
 
-// All query rows of a piece through one tile. Granules that no row sees are left out.
+// What the kernels read now, and what they fetch meanwhile: what will be read CACHE_AHEAD bytes later, of this and the
+// next task.
 template <typename T>
-void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, int64_t index, KeyTile<T> &tile) {
-  const int64_t rows = piece.last - piece.first;
-  const auto position_of = [&](int64_t row) { return sequence.context + row / layer.ratio; };
-  const int64_t begin = std::max(index * TILE, layer.first_seen(position_of(piece.first)));
-  const int64_t end = std::min((index + 1) * TILE, position_of(piece.last - 1) + 1);
-  const int64_t first = begin / GRANULE, last = (end + GRANULE - 1) / GRANULE;
-  const int64_t columns = (last - first) * GRANULE, origin = first * GRANULE;
-  find_granules(layer, piece, first, last, tile);
-  cover<ScoreKernel, T, KERNEL_ROWS>(tile, 0, rows, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+void set_granules(const Layer &layer, const Span &span, const Span &next, KeyTile<T> &tile) {
+  if (layer.is_int8) return widen(layer, span, next, tile);
+  const int64_t distance = std::clamp<int64_t>(CACHE_AHEAD / layer.granule_bytes, 1, MAX_AHEAD);
+  const uint8_t *order[4 * TILE_GRANULES];
+  int64_t known = 0;
+  for (const Span *each : {&span, &next}) {
+    for (int64_t at = 0; at < each->count; ++at) order[known++] = each->keys[at];
+    for (int64_t at = 0; at < each->count; ++at) order[known++] = each->values[at];
+  }
+  for (int64_t at = 0; at < 2 * span.count; ++at) tile.ahead[at] = order[std::min(at + distance, known - 1)];
+  std::copy_n(span.keys, span.count, tile.keys);
+  std::copy_n(span.values, span.count, tile.values);
+}
+
+// All query rows of a piece through one tile.
+template <typename T>
+void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, const Span &span, KeyTile<T> &tile) {
+  const int64_t rows = piece.last - piece.first, columns = span.count * GRANULE, origin = span.first * GRANULE;
+  cover<ScoreKernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+  RowSums own;
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t position = position_of(piece.first + row);
+    const int64_t position = sequence.context + (piece.first + row) / layer.ratio;
     const int64_t from = layer.first_seen(position) - origin, to = position + 1 - origin;
-    weigh(layer, tile, row, columns, finish_scores(layer, tile, row, columns, from, to));
+    own.largest[row] = finish_scores(layer, tile, row, columns, from, to);
+    own.total[row] = weigh(layer, tile, row, columns, own.largest[row]);
   }
-  cover<ValueKernel, T, KERNEL_ROWS>(tile, 0, rows, layer.padded / LANES, last - first, layer.padded);
+  prepare_join(own, rows, tile);
+  cover<ValueKernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
 }
 
 // The weighted mean of the values, to its place in the output. Adding zero makes a negative zero a positive one: its
@@ -78,29 +141,13 @@ void put_out(const Layer &layer, int64_t token, int64_t head, const float *sums,
   over_row(layer.head_size, [&](int64_t at, int64_t n) { store_some(out + at, load(sums + at) * inverse + zero, n); });
 }
 
+// Results of a piece: to the output, or for the thread that joins the tiles.
 template <typename T>
-void attend(const Layer &layer, const Piece &piece, const Partials &partials, KeyTile<T> &tile) {
-  const Sequence sequence(*layer.step, piece.row);
-  const int64_t rows = piece.last - piece.first, last_tile = sequence.last_tile();
-  const bool is_whole = piece.tile == ALL_TILES;
-  if (!sequence.is_shared(layer) && (is_whole || piece.tile == last_tile))
-    write_tokens<T>(layer, sequence.start, sequence.start + 1, piece.kv_head, true);
-  gather_queries(layer, sequence, piece, tile);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::memset(tile.sums[row], 0, layer.padded * sizeof(float));
-    tile.largest[row] = LOWEST;
-    tile.total[row] = 0.0f;
-  }
-  if (!is_whole) {
-    do_tile(layer, sequence, piece, piece.tile, tile);
-  } else {
-    const int64_t first_seen = layer.first_seen(sequence.context + piece.first / layer.ratio);
-    const int64_t end = sequence.context + (piece.last - 1) / layer.ratio;
-    for (int64_t index = first_seen / TILE; index <= end / TILE; ++index) do_tile(layer, sequence, piece, index, tile);
-  }
-  for (int64_t row = 0; row < rows; ++row) {
+void end_piece(const Layer &layer, const Sequence &sequence, const Piece &piece, const Partials &partials,
+               KeyTile<T> &tile) {
+  for (int64_t row = 0; row < piece.last - piece.first; ++row) {
     const int64_t at = piece.first + row, head = piece.kv_head * layer.ratio + at % layer.ratio;
-    if (is_whole) {
+    if (piece.tile == ALL_TILES) {
       put_out<T>(layer, sequence.start + at / layer.ratio, head, tile.sums[row], tile.total[row]);
       continue;
     }
@@ -108,6 +155,31 @@ void attend(const Layer &layer, const Piece &piece, const Partials &partials, Ke
     record[0] = tile.largest[row];
     record[1] = tile.total[row];
     std::memcpy(record + GRANULE, tile.sums[row], layer.padded * sizeof(float));
+  }
+}
+
+template <typename T>
+void do_tasks(const Layer &layer, const Partials &partials, Thread &thread) {
+  static_assert(sizeof(KeyTile<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
+  KeyTile<T> &tile = *reinterpret_cast<KeyTile<T> *>(thread.scratch);
+  Tasks tasks(layer, partials.is_needed, thread);
+  Task task, following;
+  Span spans[2];
+  bool is_there = tasks.next(&task);
+  if (is_there) find_granules(layer, task, &spans[0]);
+  for (int64_t turn = 0; is_there; ++turn, task = following) {
+    const Span &span = spans[turn % 2];
+    Span &next = spans[(turn + 1) % 2];
+    is_there = tasks.next(&following);
+    next.count = 0;
+    if (is_there) find_granules(layer, following, &next);
+    const Sequence sequence(*layer.step, task.piece.row);
+    if (task.is_first) begin_piece(layer, sequence, task.piece, tile);
+    if (!sequence.is_shared(layer) && task.tile == sequence.last_tile())
+      write_tokens<T>(layer, sequence.start, sequence.start + 1, task.piece.kv_head, true);
+    set_granules(layer, span, next, tile);
+    do_tile(layer, sequence, task.piece, span, tile);
+    if (task.is_last) end_piece(layer, sequence, task.piece, partials, tile);
   }
 }
 
@@ -155,9 +227,7 @@ void write_shared(const Layer &layer, Thread &thread) {
 }
 
 template <typename T>
-void attend_all(const Layer &layer, Thread &thread) {
-  static_assert(sizeof(KeyTile<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
-  KeyTile<T> &tile = *reinterpret_cast<KeyTile<T> *>(thread.scratch);
+void attend(const Layer &layer, Thread &thread) {
   bool has_shared = false;
   for (int64_t row = 0; row < layer.step->num_rows; ++row) has_shared |= Sequence(*layer.step, row).is_shared(layer);
   if (has_shared) {
@@ -165,8 +235,7 @@ void attend_all(const Layer &layer, Thread &thread) {
     thread.barrier();
   }
   const Partials partials(layer, thread);
-  Pieces pieces(layer, partials.is_needed);
-  for (Piece piece; pieces.find(thread.claim(), &piece);) attend(layer, piece, partials, tile);
+  do_tasks<T>(layer, partials, thread);
   if (partials.is_needed) {
     thread.barrier();
     join_partials<T>(layer, partials, thread);
@@ -178,7 +247,7 @@ void attend_all(const Layer &layer, Thread &thread) {
 // size], 1 key and 2 value [tokens, KV heads, head size], 3 cache, 4 out like query. Rows are those of the step.
 inline void attention(const il_op &op, const il_step &step, Thread &thread) {
   const Layer layer(op, step);
-  op.dtype == IL_BF16 ? attend_all<bf16>(layer, thread) : attend_all<float>(layer, thread);
+  op.dtype == IL_BF16 ? attend<bf16>(layer, thread) : attend<float>(layer, thread);
 }
 
 }  // namespace IL_ISA

@@ -50,9 +50,10 @@ struct Granule {
   uint8_t *keys, *values;
   float *key_scales, *value_scales;
 
-  Granule(const Layer &layer, int64_t block, int64_t offset, int64_t kv_head) {
+  // `at`: its number within the block.
+  Granule(const Layer &layer, int64_t block, int64_t at, int64_t kv_head) {
     uint8_t *head = layer.head_of(block, kv_head);
-    const int64_t half = layer.block_size * layer.padded * layer.element, at = offset / GRANULE;
+    const int64_t half = layer.block_size * layer.padded * layer.element;
     keys = head + at * layer.granule_bytes;
     values = head + half + at * layer.granule_bytes;
     key_scales = reinterpret_cast<float *>(head + 2 * half) + at * GRANULE;
@@ -98,33 +99,37 @@ void write_plain(const Layer &layer, const Granule &granule, int64_t token, cons
   write_values(value, reinterpret_cast<T *>(granule.values), token, layer);
 }
 
-// Scale of a row of values to 8 bits, symmetric: its largest becomes 127. A row that is not finite gets a scale of NaN.
+// A row of values in 8 bits, symmetric: its largest becomes 127. Returns the scale, which is NaN if a value is not finite.
 template <typename T>
-float scale_to_int8(const T *from, int64_t size) {
-  float largest = 0.0f, sum = 0.0f;
-  for (int64_t at = 0; at < size; ++at) {
-    const float value = std::fabs(to_float(from[at]));
-    largest = value > largest ? value : largest;
-    sum += value * 0.0f;
-  }
-  return largest / 127.0f + sum;
+float to_int8(const T *from, int64_t size, int8_t *narrow) {
+  vfloat largest = {}, poison = {};
+  over_row(size, [&](int64_t at, int64_t count) {
+    const vfloat value = load_some(from + at, count);
+    largest = larger(value, larger(-value, largest));
+    poison += value * broadcast(0.0f);
+  });
+  const float scale = max_lane(largest) / 127.0f + sum_lanes(poison);
+  const vfloat inverse = broadcast(scale > 0 ? 1.0f / scale : 0.0f), limit = broadcast(127.0f);
+  over_row(size, [&](int64_t at, int64_t count) {
+    vfloat value = load_some(from + at, count) * inverse;
+    value = value > limit ? limit : value;  // the smallest scales have no finite inverse
+    value = round_to_whole(value < -limit ? -limit : value);
+    value = value == value ? value : vfloat{};
+    for (int64_t lane = 0; lane < count; ++lane) narrow[at + lane] = static_cast<int8_t>(value[lane]);
+  });
+  return scale;
 }
 
 template <typename T>
 void write_int8(const Layer &layer, const Granule &granule, int64_t token, const T *key, const T *value) {
   constexpr int64_t PER_WORD = 4 / sizeof(T);
-  const float scales[2] = {scale_to_int8(key, layer.head_size), scale_to_int8(value, layer.head_size)};
-  granule.key_scales[token] = scales[0];
-  granule.value_scales[token] = scales[1];
-  const float inverse[2] = {scales[0] > 0 ? 1.0f / scales[0] : 0.0f, scales[1] > 0 ? 1.0f / scales[1] : 0.0f};
-  for (int64_t at = 0; at < layer.head_size; ++at) {
-    const float scaled[2] = {to_float(key[at]) * inverse[0], to_float(value[at]) * inverse[1]};
-    int8_t narrow[2];
-    for (int part = 0; part < 2; ++part)  // the smallest normal scales have no finite inverse
-      narrow[part] = static_cast<int8_t>(std::nearbyint(std::min(127.0f, std::max(-127.0f, scaled[part]))));
-    reinterpret_cast<int8_t *>(granule.keys)[key_place(token, at, PER_WORD)] = narrow[0];
-    reinterpret_cast<int8_t *>(granule.values)[value_place(token, at, PER_WORD, layer.padded)] = narrow[1];
-  }
+  int8_t narrow[MAX_HEAD_SIZE];
+  granule.key_scales[token] = to_int8(key, layer.head_size, narrow);
+  for (int64_t at = 0; at < layer.head_size; at += PER_WORD)
+    std::memcpy(granule.keys + key_place(token, at, PER_WORD), narrow + at, PER_WORD);
+  granule.value_scales[token] = to_int8(value, layer.head_size, narrow);
+  for (int64_t at = 0; at < layer.head_size; ++at)
+    granule.values[value_place(token, at, PER_WORD, layer.padded)] = static_cast<uint8_t>(narrow[at]);
 }
 
 // The places after the last token of a sequence are read together with it, times a weight of zero: what was there must
@@ -145,7 +150,7 @@ void clear_values_after(const Layer &layer, const Granule &granule, int64_t toke
 template <typename T>
 void write_tokens(const Layer &layer, int64_t first, int64_t last, int64_t kv_head, bool ends) {
   const int64_t slot = layer.group->slots[first], offset = slot % layer.block_size;
-  const Granule granule(layer, slot / layer.block_size, offset, kv_head);
+  const Granule granule(layer, slot / layer.block_size, offset / GRANULE, kv_head);
   for (int64_t at = first; at < last; ++at) {
     const int64_t token = offset % GRANULE + at - first;
     const T *key = static_cast<const T *>(layer.key) + at * layer.key_stride + kv_head * layer.head_size;

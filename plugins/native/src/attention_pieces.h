@@ -75,6 +75,46 @@ class Pieces {
   int64_t row_ = 0, before_ = 0;
 };
 
+// One tile of a piece: what a thread does at a time.
+struct Task {
+  Piece piece;
+  int64_t tile;
+  bool is_first, is_last;  // of the piece's tiles
+};
+
+// A thread's tasks, in order; it asks for one more than it has begun, to fetch memory ahead.
+class Tasks {
+ public:
+  Tasks(const Layer &layer, bool splits, Thread &thread) : layer_(layer), thread_(thread), pieces_(layer, splits) {}
+
+  // False if there are no more.
+  bool next(Task *task) {
+    if (tile_ > last_ && !claim()) return false;
+    *task = {piece_, tile_, tile_ == first_, tile_ == last_};
+    ++tile_;
+    return true;
+  }
+
+ private:
+  bool claim() {
+    if (!pieces_.find(thread_.claim(), &piece_)) return false;
+    const Sequence sequence(*layer_.step, piece_.row);
+    first_ = last_ = piece_.tile;
+    if (piece_.tile == ALL_TILES) {
+      first_ = layer_.first_seen(sequence.context + piece_.first / layer_.ratio) / TILE;
+      last_ = (sequence.context + (piece_.last - 1) / layer_.ratio) / TILE;
+    }
+    tile_ = first_;
+    return true;
+  }
+
+  const Layer &layer_;
+  Thread &thread_;
+  Pieces pieces_;
+  Piece piece_ = {};
+  int64_t tile_ = 0, first_ = 0, last_ = -1;
+};
+
 // What a piece of one tile leaves for the thread that joins them: one record per query head and tile.
 class Partials {
  public:

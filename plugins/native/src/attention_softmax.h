@@ -52,10 +52,10 @@ float finish_scores(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t c
   return max_lane(largest);
 }
 
-// The weights of a row in this tile, and how they join those of the tiles before.
+// Scores of a row -> weights, relative to the largest of this tile. Returns their sum.
 template <typename T>
-void weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float own_largest) {
-  const vfloat limit = broadcast(own_largest);
+float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float largest) {
+  const vfloat limit = broadcast(largest);
   vfloat totals = {};
   for (int64_t at = 0; at < columns; at += LANES) {
     vfloat weight = Power<T>::of(load(tile.scores[row] + at) - limit);
@@ -63,11 +63,25 @@ void weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, f
     if (layer.is_int8) weight *= load(tile.value_scales + at);
     store(tile.weights[row] + at, weight);
   }
-  const float largest = std::max(tile.largest[row], own_largest);
-  tile.keep[row] = power_of<T>(tile.largest[row] - largest);
-  tile.take[row] = power_of<T>(own_largest - largest);
-  tile.largest[row] = largest;
-  tile.total[row] = fma(tile.total[row], tile.keep[row], sum_lanes(totals) * tile.take[row]);
+  return sum_lanes(totals);
+}
+
+// Largest score and sum of the weights of each row in a tile.
+struct RowSums {
+  alignas(64) float largest[PADDED_ROWS] = {}, total[PADDED_ROWS] = {};
+};
+
+// How a tile joins those before it.
+template <typename T>
+void prepare_join(const RowSums &own, int64_t rows, KeyTile<T> &tile) {
+  for (int64_t row = 0; row < rows; row += LANES) {
+    const vfloat before = load(tile.largest + row), largest = larger(before, load(own.largest + row));
+    const vfloat keep = Power<T>::of(before - largest), take = Power<T>::of(load(own.largest + row) - largest);
+    store(tile.largest + row, largest);
+    store(tile.total + row, fma(load(tile.total + row), keep, load(own.total + row) * take));
+    store(tile.keep + row, keep);
+    store(tile.take + row, take);
+  }
 }
 
 }  // namespace IL_ISA

@@ -11,6 +11,7 @@ namespace IL_ISA {
 constexpr int64_t TILE = 256;                      // tokens, aligned to positions
 constexpr int64_t TILE_GRANULES = TILE / GRANULE;
 constexpr int64_t MAX_ROWS = 24;                   // query rows of a piece of work
+constexpr int64_t PADDED_ROWS = (MAX_ROWS + LANES - 1) / LANES * LANES;
 constexpr int VECTORS = GRANULE / LANES;           // of the words of a granule's 16 tokens
 
 #if defined(IL_AVX512)
@@ -51,6 +52,16 @@ inline vfloat dot<bf16>(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
+// The granules of one tile that a piece of work sees.
+struct Span {
+  int64_t first, count;  // the first one's number in the sequence
+  const uint8_t *keys[TILE_GRANULES], *values[TILE_GRANULES];
+  const float *key_scales[TILE_GRANULES], *value_scales[TILE_GRANULES];
+};
+
+constexpr int64_t CACHE_AHEAD = 12 << 10;  // how far reading runs ahead of computing: more than a trip to memory takes
+constexpr int64_t MAX_AHEAD = 16;          // the same in granules, at most
+
 // What the kernels read and write; scratch of one thread. T: type of the activations.
 template <typename T>
 struct KeyTile {
@@ -58,9 +69,10 @@ struct KeyTile {
   alignas(64) float scores[MAX_ROWS][TILE];
   alignas(64) T weights[MAX_ROWS][TILE];
   alignas(64) float sums[MAX_ROWS][MAX_HEAD_SIZE];      // of weights times values, over all tiles so far
-  float largest[MAX_ROWS], total[MAX_ROWS];             // over all tiles so far: largest score, sum of the weights
-  float keep[MAX_ROWS], take[MAX_ROWS];                 // factors of what was there before this tile, and of this tile
+  float largest[PADDED_ROWS], total[PADDED_ROWS];       // over all tiles so far: largest score, sum of the weights
+  float keep[PADDED_ROWS], take[PADDED_ROWS];           // factors of what was there before this tile, and of this tile
   const uint8_t *keys[TILE_GRANULES], *values[TILE_GRANULES];
+  const uint8_t *ahead[2 * TILE_GRANULES];  // granule to fetch when granule i, keys before values, is read
   alignas(64) float key_scales[TILE], value_scales[TILE];
   alignas(64) T wide[2][TILE * MAX_HEAD_SIZE];          // 8-bit keys and values, widened
 };
@@ -68,14 +80,20 @@ struct KeyTile {
 // scores[row + r][column * LANES ..] = query · key, for R rows and C vectors of tokens.
 template <typename T, int R, int C>
 void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
-  const uint8_t *keys[C];
-  for (int c = 0; c < C; ++c)
-    keys[c] = tile.keys[(column + c) / VECTORS] + (column + c) % VECTORS * int64_t{sizeof(vuint)};
+  const uint8_t *keys[C], *ahead[C];
+  for (int c = 0; c < C; ++c) {
+    const int64_t granule = (column + c) / VECTORS, offset = (column + c) % VECTORS * int64_t{sizeof(vuint)};
+    keys[c] = tile.keys[granule] + offset;
+    ahead[c] = tile.ahead[granule] + offset;
+  }
   vfloat sums[R][C] = {};
   for (int64_t word = 0; word < words; ++word) {
     vuint key[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) key[c] = load_words(keys[c] + word * GRANULE * 4);
+    for (int c = 0; c < C; ++c) {
+      key[c] = load_words(keys[c] + word * GRANULE * 4);
+      if (row == 0) __builtin_prefetch(ahead[c] + word * GRANULE * 4);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vuint query = vuint{} + tile.query[row + r][word];
@@ -96,11 +114,15 @@ void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granule
   constexpr int64_t WORDS = GRANULE * sizeof(T) / 4;
   vfloat sums[R][C] = {};
   for (int64_t granule = 0; granule < granules; ++granule) {
-    const uint8_t *values = tile.values[granule] + column * int64_t{sizeof(vuint)};
+    const int64_t offset = column * int64_t{sizeof(vuint)};
+    const uint8_t *values = tile.values[granule] + offset, *ahead = tile.ahead[granules + granule] + offset;
     for (int64_t word = 0; word < WORDS; ++word) {
       vuint value[C];
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) value[c] = load_words(values + (word * padded + c * LANES) * 4);
+      for (int c = 0; c < C; ++c) {
+        value[c] = load_words(values + (word * padded + c * LANES) * 4);
+        if (row == 0) __builtin_prefetch(ahead + (word * padded + c * LANES) * 4);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         uint32_t bits;
@@ -118,19 +140,20 @@ void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granule
     }
 }
 
-// Cover rows × columns with kernels: as large as fit, then what is left.
+// Cover rows × columns with kernels: as large as fit, then what is left. All rows use some columns before the next ones are
+// read, so these come from the first-level cache.
 template <template <typename, int, int> class Kernel, typename T, int R, int C, typename... Arguments>
-void cover_columns(KeyTile<T> &tile, int64_t row, int64_t column, int64_t columns, Arguments... arguments) {
-  for (; column + C <= columns; column += C) Kernel<T, R, C>::run(tile, row, column, arguments...);
-  if constexpr (C > 1) {
-    if (column < columns) cover_columns<Kernel, T, R, C - 1>(tile, row, column, columns, arguments...);
+void cover_rows(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t column, Arguments... arguments) {
+  for (; row + R <= rows; row += R) Kernel<T, R, C>::run(tile, row, column, arguments...);
+  if constexpr (R > 1) {
+    if (row < rows) cover_rows<Kernel, T, R - 1, C>(tile, row, rows, column, arguments...);
   }
 }
-template <template <typename, int, int> class Kernel, typename T, int R, typename... Arguments>
-void cover(KeyTile<T> &tile, int64_t row, int64_t rows, int64_t columns, Arguments... arguments) {
-  for (; row + R <= rows; row += R) cover_columns<Kernel, T, R, KERNEL_COLUMNS>(tile, row, 0, columns, arguments...);
-  if constexpr (R > 1) {
-    if (row < rows) cover<Kernel, T, R - 1>(tile, row, rows, columns, arguments...);
+template <template <typename, int, int> class Kernel, typename T, int C, typename... Arguments>
+void cover(KeyTile<T> &tile, int64_t rows, int64_t column, int64_t columns, Arguments... arguments) {
+  for (; column + C <= columns; column += C) cover_rows<Kernel, T, KERNEL_ROWS, C>(tile, 0, rows, column, arguments...);
+  if constexpr (C > 1) {
+    if (column < columns) cover<Kernel, T, C - 1>(tile, rows, column, columns, arguments...);
   }
 }
 

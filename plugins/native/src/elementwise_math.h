@@ -31,22 +31,57 @@ inline float fma(float a, float b, float c) {
 }
 
 // The larger one; `b` where either is a NaN.
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-
-// In a fixed order, pairwise.
-inline float max_lane(vfloat value) {
-  float best = value[0];
-  for (int lane = 1; lane < LANES; ++lane) best = value[lane] > best ? value[lane] : best;
-  return best;
+inline vfloat larger(vfloat a, vfloat b) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(IL_AVX2)
+  return reinterpret_cast<vfloat>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
 }
 
-inline float sum_lanes(vfloat value) {
+// All lanes into one, pairwise: each of the lower half with that of the upper half, and so on.
+template <typename Fold>
+inline float fold_lanes(vfloat value, Fold fold) {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+#if defined(IL_AVX512)
+  const __m512 all = reinterpret_cast<__m512>(value);
+  const __m256 eight = fold.wide(_mm512_maskz_extractf32x8_ps(0xff, all, 0), _mm512_maskz_extractf32x8_ps(0xff, all, 1));
+#else
+  const __m256 eight = reinterpret_cast<__m256>(value);
+#endif
+  const __m128 four = fold.narrow(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = fold.narrow(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(fold.narrow(two, _mm_movehdup_ps(two)));
+#else
   float part[LANES];
   store(part, value);
   for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) part[lane] += part[lane + width];
+    for (int lane = 0; lane < width; ++lane) part[lane] = fold.single(part[lane], part[lane + width]);
   return part[0];
+#endif
 }
+
+struct FoldMax {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+  static __m256 wide(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  static __m128 narrow(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+#endif
+  static float single(float a, float b) { return a > b ? a : b; }
+};
+
+struct FoldSum {
+#if defined(IL_AVX512) || defined(IL_AVX2)
+  static __m256 wide(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+  static __m128 narrow(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+#endif
+  static float single(float a, float b) { return a + b; }
+};
+
+inline float max_lane(vfloat value) { return fold_lanes(value, FoldMax()); }
+inline float sum_lanes(vfloat value) { return fold_lanes(value, FoldSum()); }
 
 template <typename T>
 inline vfloat load_some(const T *from, int64_t count) {
@@ -111,15 +146,21 @@ inline vfloat clamped(vfloat x) {
   return x > high ? high : x;
 }
 
-// 2^x to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly. The
-// polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
+// 2^x for x <= 0, to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly.
+// The polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
 inline vfloat exp2_rough(vfloat x) {
-  x = clamped(x);
-  const vfloat whole = round_to_whole(x), rest = x - whole;
+  x = larger(broadcast(-127.0f), x);
+  // Added to 1.5 * 2^23 the number loses what lies behind the point; with 127 more, its last bits are the exponent.
+  const vfloat magic = broadcast(12582912.0f + 127.0f), shifted = x + magic, rest = x - (shifted - magic);
+  vuint bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
+  vfloat power;
+  std::memcpy(&power, &bits, sizeof power);
   vfloat p = fma(rest, broadcast(0.009582853f), broadcast(0.055906426f));
   p = fma(rest, p, broadcast(0.24024099f));
   p = fma(rest, p, broadcast(0.69312408f));
-  return times_power(fma(rest, p, broadcast(1.0f)), whole);
+  return fma(rest, p, broadcast(1.0f)) * power;
 }
 
 // e^x within 1 unit in the last place; e^0 = 1 exactly, and exactly 0 below -88.

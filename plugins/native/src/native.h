@@ -86,6 +86,10 @@ int32_t il_threads(const il_runtime *runtime);
 // nothing was run).
 int64_t il_run(il_runtime *runtime, const il_op *ops, int64_t count, const il_step *step);
 
+// Advise the system to back memory that nobody has touched yet with huge pages: a cache that is read block by block costs a
+// page walk per block otherwise. A hint, without effect where there are none.
+void il_use_huge_pages(void *start, int64_t bytes);
+
 // ── linear layers (linear.h) ──────────────────────────────────────────────────────────────────────────────────────
 
 // How the values of a weight are stored. Block formats are those of GGUF: rows of blocks along the input.
