@@ -121,7 +121,7 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, 
         provider = component.build(kernel_spec)
         providers.append((component, type(provider), provider))
     ops: dict[str, Any] = {}
-    won: dict[str, list[str]] = {}
+    won: dict[str, dict[str, list[str]]] = {}  # provider → how it runs them → ops
     against: dict[str, None] = {}
     for op in OPS:
         for component, target, provider in providers:
@@ -130,17 +130,21 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, 
             reason = _op_refusal(target, op, kernel_spec)
             if reason is None:
                 ops[op] = getattr(provider, op)
-                how = provider.describe(op)
-                won.setdefault(component.name, []).append(f"{op} ({how})" if how else op)
+                won.setdefault(component.name, {}).setdefault(provider.describe(op), []).append(op)
                 break
             against[f"not {component.name} for {op}: {reason}"] = None
     _check_reference([op for op in OPS if op not in ops], kernel_spec, list(against))
     reference = [op for op in OPS if op not in ops]
-    selections = [Selection("kernels", name, ", ".join(names)) for name, names in won.items()]
+    selections = [Selection("kernels", name, _ops_in_words(ways)) for name, ways in won.items()]
     if reference:
         why = "".join(f"; {reason}" for reason in against)
         selections.append(Selection("kernels", "reference", ", ".join(reference) + why))
     return ResolvedKernels(kernel_spec, ops), tuple(selections)
+
+
+def _ops_in_words(ways: dict[str, list[str]]) -> str:
+    """How ops are run → the ops, as `a, b (how); c (how else)`."""
+    return "; ".join(", ".join(ops) + (f" ({how})" if how else "") for how, ops in ways.items())
 
 
 def _op_refusal(target: type[Kernels], op: str, spec: KernelSpec) -> str | None:

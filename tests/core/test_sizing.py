@@ -68,7 +68,7 @@ def test_every_choice_has_a_reason() -> None:
 @pytest.mark.parametrize("setting", [{"deterministic": True}, {"weights": "int8"}, {"weights": "as-shipped"}])
 def test_what_no_provider_can_do_is_refused_with_reasons(setting: dict[str, object]) -> None:
     with pytest.raises(PluginError) as raised:
-        plan(**setting)
+        plan(kernels={"use": "torch"}, **setting)
     assert "not torch" in str(raised.value)
     assert "batch-invariant" in str(raised.value) or "keeps linear weights" in str(raised.value)
 

@@ -1,5 +1,5 @@
-"""`deterministic = true`: the same prompt gives the same bits alone and in company, however its prefill is cut, and with
-its prefix in the cache."""
+"""`deterministic = true`: the same prompt gives the same bits alone and in company, however its prefill is cut, and
+with its prefix in the cache."""
 
 from __future__ import annotations
 

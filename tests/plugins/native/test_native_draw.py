@@ -1,4 +1,4 @@
-"""Native draws against the reference distribution: exact frequencies over a grid of numbers, and what is no distribution."""
+"""Native draws against the reference distribution: frequencies over a grid of numbers, and what is none."""
 
 from __future__ import annotations
 
