@@ -32,7 +32,8 @@ help:
 	echo "make clean      remove .venv and whatever was built"
 
 # The editable install is a farm of links to single files, which type checkers can follow. So a file that appears or
-# goes needs a new farm (seconds), and a change of pyproject.toml or the constraints a new look at the dependencies.
+# goes, or a change of the C++ kernels, needs a new farm (seconds), and a change of pyproject.toml or the constraints a
+# new look at the dependencies.
 # Both states are hashed into stamps, written last and by renaming: an interrupted set-up never looks finished, and
 # the marker `unfinished` makes the next one start over. The lock keeps two set-ups of one checkout apart.
 setup:
@@ -41,7 +42,8 @@ setup:
 	stamp() { echo "$$2" >".venv/$$1.new" && mv ".venv/$$1.new" ".venv/$$1"; }
 	stamped() { [ "$$(cat ".venv/$$1" 2>/dev/null)" = "$$2" ]; }
 	needs=$$({ pwd; cat pyproject.toml constraints.txt; } | hash)
-	files=$$({ pwd; find core plugins -type f ! -path '*/__pycache__/*' | LC_ALL=C sort; } | hash)
+	files=$$({ pwd; find core plugins -type f ! -path '*/__pycache__/*' ! -name '*.so' | LC_ALL=C sort;
+	    cat setup.py plugins/native/src/*; } | hash)
 	if [ -x $(BIN)/python ] && [ -d build ] && stamped needs "$$needs" && stamped files "$$files"; then exit 0; fi
 	if [ ! -x $(BIN)/python ] || [ -e .venv/unfinished ]; then
 	    python=
