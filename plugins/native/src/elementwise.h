@@ -22,7 +22,7 @@ void share_rows(int64_t rows, int64_t cost, Thread &thread, Body body) {
 }
 
 // z / (1 + e^-x)
-inline vfloat gated(vfloat z, vfloat x) { return z / (broadcast(1.0f) + exp(-x)); }
+inline vfloat gated(vfloat z, vfloat x) { return z * reciprocal(broadcast(1.0f) + exp(-x)); }
 
 struct Silu {
   static vfloat apply(vfloat x) { return gated(x, x); }

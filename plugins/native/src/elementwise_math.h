@@ -42,6 +42,28 @@ inline vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
+// The smaller one; `b` where either is a NaN.
+inline vfloat smaller(vfloat a, vfloat b) {
+#if defined(IL_AVX512)
+  return reinterpret_cast<vfloat>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(IL_AVX2)
+  return reinterpret_cast<vfloat>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 1 / x within 1 unit in the last place; 0 where that is no normal number. x is finite or a NaN.
+inline vfloat reciprocal(vfloat x) {
+#if defined(IL_AVX512)
+  const vfloat rough = reinterpret_cast<vfloat>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+  return fma(rough, fma(-x, rough, broadcast(1.0f)), rough);  // a step of Newton's doubles its 14 bits
+#else
+  return broadcast(1.0f) / x;
+#endif
+}
+
 // All lanes into one, pairwise: each of the lower half with that of the upper half, and so on.
 template <typename Fold>
 inline float fold_lanes(vfloat value, Fold fold) {
@@ -108,9 +130,14 @@ inline vfloat rounded<float>(vfloat value) {
 }
 template <>
 inline vfloat rounded<bf16>(vfloat value) {
+#if defined(IL_AVX512)
+  const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+  return reinterpret_cast<vfloat>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16));
+#else
   bf16 narrow[LANES];
   store(narrow, value);
   return load(narrow);
+#endif
 }
 
 // `body(at, count)` for every run of up to LANES values of a row.
@@ -121,69 +148,59 @@ inline void over_row(int64_t size, Body body) {
   if (at < size) body(at, size - at);
 }
 
+// A number rounded to a whole one, and 2 to that power, for -127 <= number <= 127; 2^-127 counts as 0.
+struct Whole {
+  vfloat number, power;
+
+  // factor * x, rounded. Added to 1.5 * 2^23 it loses what lies behind the point; with 127 more, its last bits are the
+  // exponent of the power.
+  Whole(vfloat x, float factor) {
+    const vfloat magic = broadcast(12582912.0f + 127.0f), shifted = fma(x, broadcast(factor), magic);
+    number = shifted - magic;
+    vuint bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits <<= 23;
+    std::memcpy(&power, &bits, sizeof power);
+  }
+};
+
 // x to the nearest whole number, for |x| < 2^22.
 inline vfloat round_to_whole(vfloat x) {
-#if defined(IL_AVX512)
-  return reinterpret_cast<vfloat>(_mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(x), 8));
-#else
-  const vfloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: what lies behind the point does not fit any more
+  const vfloat magic = broadcast(12582912.0f);
   return (x + magic) - magic;
-#endif
-}
-
-// value * 2^whole for -127 <= whole <= 127; exactly 0 at the lower end.
-inline vfloat times_power(vfloat value, vfloat whole) {
-  const vint exponent = (__builtin_convertvector(whole, vint) + 127) << 23;
-  vfloat power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return value * power;
-}
-
-// Between the ends of what times_power takes; a NaN stays one.
-inline vfloat clamped(vfloat x) {
-  const vfloat low = broadcast(-127.0f), high = broadcast(127.0f);
-  x = x < low ? low : x;
-  return x > high ? high : x;
 }
 
 // 2^x for x <= 0, to 3e-6, which is a hundredth of what rounding to bfloat16 takes away; 2^0 = 1 and 2^-127 = 0 exactly.
 // The polynomials here are minimax fits of (f(x) - 1) / x on the interval that rounding leaves, weighted by x / f(x).
 inline vfloat exp2_rough(vfloat x) {
   x = larger(broadcast(-127.0f), x);
-  // Added to 1.5 * 2^23 the number loses what lies behind the point; with 127 more, its last bits are the exponent.
-  const vfloat magic = broadcast(12582912.0f + 127.0f), shifted = x + magic, rest = x - (shifted - magic);
-  vuint bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;
-  vfloat power;
-  std::memcpy(&power, &bits, sizeof power);
+  const Whole whole(x, 1.0f);
+  const vfloat rest = x - whole.number;
   vfloat p = fma(rest, broadcast(0.009582853f), broadcast(0.055906426f));
   p = fma(rest, p, broadcast(0.24024099f));
   p = fma(rest, p, broadcast(0.69312408f));
-  return fma(rest, p, broadcast(1.0f)) * power;
+  return fma(rest, p, broadcast(1.0f)) * whole.power;
 }
 
-// e^x within 1 unit in the last place; e^0 = 1 exactly, and exactly 0 below -88.
+// e^x within 1 unit in the last place; e^0 = 1 exactly, exactly 0 below -87.7, where floats end, and e^88 beyond 88.
 inline vfloat exp(vfloat x) {
-  const vfloat whole = round_to_whole(clamped(x * broadcast(1.44269504f)));
+  x = smaller(broadcast(88.0f), larger(broadcast(-88.0f), x));
+  const Whole whole(x, 1.44269504f);
   // ln 2 in two parts (Cody and Waite), so that the remainder is exact to the last bit.
-  vfloat rest = fma(whole, broadcast(-0.693145752f), x);
-  rest = fma(whole, broadcast(-1.42860677e-6f), rest);
-  const vfloat limit = broadcast(1.0f);  // beyond the ends of `clamped` the remainder means nothing
-  rest = rest > limit ? limit : rest;
-  rest = rest < -limit ? -limit : rest;
+  vfloat rest = fma(whole.number, broadcast(-0.693145752f), x);
+  rest = fma(whole.number, broadcast(-1.42860677e-6f), rest);
   vfloat p = fma(rest, broadcast(0.0013843654f), broadcast(0.0083741555f));
   p = fma(rest, p, broadcast(0.041668002f));
   p = fma(rest, p, broadcast(0.16666432f));
   p = fma(rest, p, broadcast(0.49999994f));
   p = fma(rest, p, broadcast(1.0f));
-  return times_power(fma(rest, p, broadcast(1.0f)), whole);
+  return fma(rest, p, broadcast(1.0f)) * whole.power;
 }
 
 // 1 - 2 / (e^2x + 1), and near zero, where that cancels, the first terms of the series: a few units in the last place.
 inline vfloat tanh(vfloat x) {
   const vfloat one = broadcast(1.0f), two = broadcast(2.0f), square = x * x;
-  const vfloat far = one - two / (exp(x * two) + one);
+  const vfloat far = fma(-two, reciprocal(exp(x * two) + one), one);
   vfloat p = fma(square, broadcast(62.0f / 2835), broadcast(-17.0f / 315));
   p = fma(square, p, broadcast(2.0f / 15));
   p = fma(square, p, broadcast(-1.0f / 3));

@@ -9,12 +9,19 @@ namespace IL_ISA {
 // before the product with a plain weight, and not before one with weight + 1.
 template <typename T>
 void norm_row(const T *x, const T *weight, T *out, int64_t size, float eps, bool unit_offset) {
-  vfloat squares = {};
-  over_row(size, [&](int64_t at, int64_t count) {
-    const vfloat value = load_some(x + at, count);
-    squares = fma(value, value, squares);
+  vfloat squares[4] = {};  // four chains: one alone would wait for itself
+  int64_t at = 0;
+  for (; at + 4 * LANES <= size; at += 4 * LANES)
+    for (int64_t chain = 0; chain < 4; ++chain) {
+      const vfloat value = load(x + at + chain * LANES);
+      squares[chain] = fma(value, value, squares[chain]);
+    }
+  over_row(size - at, [&](int64_t rest, int64_t count) {
+    const vfloat value = load_some(x + at + rest, count);
+    squares[0] = fma(value, value, squares[0]);
   });
-  const float mean = sum_lanes(squares) / static_cast<float>(size);
+  const float sum = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const float mean = sum / static_cast<float>(size);
   const vfloat inverse = broadcast(1.0f / std::sqrt(mean + eps)), one = broadcast(1.0f);
   over_row(size, [&](int64_t at, int64_t count) {
     const vfloat normed = load_some(x + at, count) * inverse, factor = load_some(weight + at, count);
