@@ -27,7 +27,10 @@ class Conv1DTable(WeightTable):
     def at(self, name: str) -> WeightTable:
         return Conv1DTable(self._weights.at(name))
 
-    def expect(self, name: str, shape: tuple[int, ...], place: Callable[[torch.Tensor], object]) -> None:
+    def expect(
+        self, name: str, shape: tuple[int, ...], place: Callable[[torch.Tensor], object], *, blocks: bool = False
+    ) -> None:
+        # Blocks lie along the rows and cannot be transposed: whatever the layer takes, it gets values.
         self._weights.expect(name, shape[::-1], lambda tensor: place(tensor.t()))
 
 
