@@ -171,7 +171,8 @@ def install(app: FastAPI, state: ServerState) -> None:
     async def page() -> Response:
         return Response(index, media_type="text/html", headers=PAGE_HEADERS)
 
-    app.mount("/page", PageFiles(directory=PAGE))
+    # In an editable install the files are links.
+    app.mount("/page", PageFiles(directory=PAGE, follow_symlink=True))
 
 
 class PageFiles(StaticFiles):
