@@ -27,14 +27,19 @@ _STARTUP_PARTS = (
 )
 
 
+def open_console() -> Console:
+    """Stdout, at a fixed width where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
 def print_report(report: Report, console: Console | None = None) -> None:
     """Draw the report on stdout, or on `console`."""
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = WIDTH
+    console = console or open_console()
     for part in _parts(report):
         console.print(part, highlight=False)
 

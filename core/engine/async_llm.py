@@ -124,7 +124,7 @@ class AsyncLLM:
         if self._front is None:
             await self.start()
         options = RequestOptions(priority=priority, timeout=timeout, cache_salt=cache_salt, labels=labels or {})
-        prepared = self.prepare(prompt, params, request_id=request_id, options=options, chat_options=chat_options)
+        prepared = self.front.prepare(prompt, params, request_id=request_id, options=options, chat_options=chat_options)
         outputs = self.run([prepared])
         try:
             async for _, output in outputs:
@@ -132,25 +132,10 @@ class AsyncLLM:
         finally:
             await outputs.aclose()
 
-    def prepare(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        options: RequestOptions | None = None,
-        index: int | None = None,
-        chat_options: Mapping[str, Any] | None = None,
-    ) -> PreparedRequest:
-        """Validate and tokenize a prompt for `run`; nothing reaches the engine. Raises `InvalidRequestError`."""
-        return self.front.prepare(
-            prompt, params, request_id=request_id, options=options, index=index, chat_options=chat_options
-        )
-
     async def run(
         self, prepared: Sequence[PreparedRequest], *, streaming: bool = True
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Answer prepared prompts, which enter the engine together; yields (index of the prompt, delta) as `generate`.
+        """Answer prompts of `front.prepare`, which enter the engine together; yields (index of the prompt, delta) as `generate`.
 
         Not `streaming`: one output per prompt, when it has ended, for the price of one wake-up. Leaving the loop aborts
         what is outstanding. Raises what `generate` raises; the failure of one prompt ends all."""

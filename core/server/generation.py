@@ -94,7 +94,7 @@ class Generation:
         keep = request.truncate_prompt_tokens
         many = len(prompts) > 1
         self.prepared = [
-            state.llm.prepare(
+            state.llm.front.prepare(
                 ids[-keep:] if keep else ids,
                 params,
                 request_id=f"{self.id}-{i}" if many else self.id,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from interlace.bench.metrics import Distribution
 from interlace.bench.serve.load import Watcher
 from interlace.bench.serve.report import ServeReport, warnings_of
-from interlace.bench.tables import WIDTH, facts_table, figures_table
+from interlace.bench.tables import facts_table, figures_table, open_console
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 def print_serve_report(report: ServeReport, console: Console | None = None) -> None:
     """Draw the report on stdout, or on `console`; warnings come last."""
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-        if not console.is_terminal:
-            console.width = WIDTH
+    console = console or open_console()
     for part in _parts(report):
         console.print(part, highlight=False)
     for text in warnings_of(report):

@@ -10,7 +10,6 @@ import torch
 from interlace.interfaces.attention import AttentionSpec
 from interlace.plugins.attention import interlace_attention
 from interlace.plugins.attention.native import NativeAttention
-from interlace.plugins.native.library import supported_isas
 from interlace.testing.attention_suite import PagedAttention
 from interlace.testing.paging import Pager
 from interlace.testing.reference import dense_attention
@@ -21,19 +20,6 @@ SPECS = {
     "one KV head for many": AttentionSpec(32, 1, 40, softcap=5.0),
 }
 MAX_LEN = 800
-
-
-@pytest.fixture(params=supported_isas())
-def isa(request):
-    return request.param
-
-
-@pytest.fixture
-def use_threads():
-    """Sets how many threads kernels that are made from now on use."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def paged(spec, block_size=32, dtype="bfloat16", **options):

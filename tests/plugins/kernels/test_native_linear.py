@@ -21,11 +21,6 @@ ROUNDING = 4e-7
 BF16_STEP = 2**-8
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    return request.param
-
-
 def tape(isa, threads=1):
     return Tape(Library(threads, isa))
 

@@ -32,11 +32,6 @@ ROUNDING = 3e-6
 """Error of float32 sums, relative to the size of a sum of that many products."""
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    return request.param
-
-
 def tape(isa, threads=1):
     return Tape(Library(threads, isa))
 

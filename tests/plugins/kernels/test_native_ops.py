@@ -14,24 +14,11 @@ from interlace.interfaces.weights import BlockWeight
 from interlace.plugins.checkpoints.gguf_blocks import FORMATS, decode
 from interlace.plugins.kernels import interlace_kernels
 from interlace.plugins.kernels.native import NativeKernels
-from interlace.plugins.native.library import COPY_ROWS, DTYPES, OUTPUTS, ROPE, TOKENS, Op, Step, make_op, supported_isas
+from interlace.plugins.native.library import COPY_ROWS, DTYPES, OUTPUTS, ROPE, TOKENS, Op, Step, make_op
 from interlace.sampling.argmax import argmax
 
 TYPES = ("float32", "bfloat16")
 SIZES = (1, 7, 16, 61, 576, 640)
-
-
-@pytest.fixture(params=supported_isas())
-def isa(request):
-    return request.param
-
-
-@pytest.fixture
-def use_threads():
-    """Sets how many threads kernels that are made from now on use."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def native(isa, dtype="float32"):
