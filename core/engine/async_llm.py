@@ -135,7 +135,7 @@ class AsyncLLM:
     async def run(
         self, prepared: Sequence[PreparedRequest], *, streaming: bool = True
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Answer prompts of `front.prepare`, which enter the engine together; yields (index of the prompt, delta) as `generate`.
+        """Answer prompts of `front.prepare`, which enter the engine together; yields (index of prompt, delta).
 
         Not `streaming`: one output per prompt, when it has ended, for the price of one wake-up. Leaving the loop aborts
         what is outstanding. Raises what `generate` raises; the failure of one prompt ends all."""
