@@ -12,6 +12,9 @@ import pytest
 
 # Read by huggingface_hub when it is imported, so it must stand before any test module imports that.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read by triton when it is imported: its kernels run on the CPU, one program after the other. Compiling needs it unset,
+# so that is done in processes of its own (tests/plugins/triton/conftest.py).
+os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 _THIRD_PARTY = ("aged", "broken", "demo", "evens", "misspelt", "rival", "vips")
 
