@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
-    from interlace.worker.batch import ForwardBatch
+    from interlace.worker.batch import DecodeBatch, ForwardBatch
 
 
 class AttentionSpec(msgspec.Struct, frozen=True):
@@ -72,7 +72,8 @@ class AttentionBackend(ABC):
     batch_invariant: ClassVar[bool] = False
     """Whether a row's result has the same bits whatever else is in the batch, and however its prefill is cut."""
     graph_support: ClassVar[str] = "none"
-    """Which batches `forward` may be captured for in a device graph: `none`, `decode` or `any`."""
+    """Which batches `forward` may be captured for in a device graph: `none`, or `decode`, which means that
+    `prepare_decode` is there."""
 
     def __init__(self, options: BaseModel, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> None:
         self.options: Any = options
@@ -93,6 +94,24 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prepare(self, batch: ForwardBatch, group: int) -> Any:
         """Build this step's metadata for KV group `group` once; the result is given to `forward` of every layer."""
+
+    def graph_refusal(self) -> str | None:
+        """None if a decode step over this backend can be captured in a device graph, else the reason against, as a
+        clause. A backend for which it depends on what is installed, or on the spec, extends this."""
+        return None if self.graph_support == "decode" else "it does not support device graphs"
+
+    def prepare_decode(self, batch: DecodeBatch, group: int) -> Any:
+        """Metadata for KV group `group` of a step in which every row has one token, for capture in a device graph.
+
+        Called once per graph, before capture, when the buffers hold padding only; the result is given to `forward` of
+        every layer in the capture, and kept as long as the graph. So neither this method nor `forward` with its result
+        may take a value of the buffers to the host, or decide by one: `forward` reads them when the graph is replayed,
+        and which kernels it launches, on which grids, follows from shapes and `max_seq_len` only. Scratch memory may be
+        allocated in either. Results of padding rows mean nothing, but nothing outside the null block may be written for
+        them.
+
+        Only called where `graph_refusal` says None."""
+        raise NotImplementedError(f"{type(self).__name__} states graph_support = 'decode' without prepare_decode")
 
     @abstractmethod
     def forward(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from interlace.interfaces.model import LayerCache, Model
     from interlace.interfaces.weights import BlockWeight
+    from interlace.sampling.device import SamplingColumns, SamplingMode
     from interlace.sampling.distribution import Shape
     from interlace.worker.batch import ForwardBatch
 
@@ -40,6 +41,7 @@ OPS = (
     "make_head",
     "argmax",
     "draw",
+    "sample",
 )
 """The ops of the contract, in the order they are logged."""
 
@@ -102,7 +104,7 @@ class Kernels:
         model_config = ConfigDict(extra="forbid")
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
-        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw"}
+        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw", "sample"}
     )
     """Ops whose result for a row has the same bits whatever the other rows. Of the reference: those made of other ops
     only, and those that compute every value alone."""
@@ -239,6 +241,18 @@ class Kernels:
         from interlace.sampling.distribution import draw_rows
 
         return draw_rows(logits, rows, shapes, uniforms)
+
+    def sample(self, logits: torch.Tensor, columns: SamplingColumns, mode: SamplingMode) -> torch.Tensor:
+        """The token of every row of logits [rows, vocab] float32, which may be overwritten: [rows] int64, on their
+        device; -1 where a row is no distribution (NaN, +inf, nothing left).
+
+        The same choice as `argmax` where a row's temperature is 0 and as `draw` elsewhere, with the numbers of
+        `interlace.sampling.random`, but nothing waits for the device, and a device graph may hold it: which kernels are
+        launched follows from shapes and `mode`, never from values. A row's token must not depend on the other rows, nor
+        on a `mode` that offers more than the row uses."""
+        from interlace.sampling.device import sample_rows
+
+        return sample_rows(logits, columns, mode)
 
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
         """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.

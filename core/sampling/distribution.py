@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_MIN_TEMPERATURE = 1e-6  # dividing float32 logits by less may overflow; the distribution is one token long before
+MIN_TEMPERATURE = 1e-6  # dividing float32 logits by less may overflow; the distribution is one token long before
 _NUCLEUS_WIDTH = 128  # candidates looked at first for top_p; most nuclei of language models are smaller
 _TOP_K_WIDTHS = (64, 256)  # candidates looked at for top_k: the first that leaves room for one more token
 _MAX_WIDTH = 256  # from here on, sorting the row is faster
@@ -58,7 +58,7 @@ def truncate(logits: torch.Tensor, shapes: Sequence[Shape]) -> Iterator[Candidat
     """
     vocab = logits.shape[1]
     if any(shape.temperature != 1.0 for shape in shapes):
-        logits.div_(_column([max(shape.temperature, _MIN_TEMPERATURE) for shape in shapes], logits))
+        logits.div_(_column([max(shape.temperature, MIN_TEMPERATURE) for shape in shapes], logits))
     if any(shape.min_p > 0.0 for shape in shapes):
         # p < min_p * p_max, in logarithms
         margin = _column([math.log(shape.min_p) if shape.min_p > 0.0 else -math.inf for shape in shapes], logits)

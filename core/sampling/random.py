@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-_ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
@@ -40,10 +40,11 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words])
     """Philox4x32-10 of every column: word arrays of one length in, word arrays of that length out."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    (m0, m1), (w0, w1) = map(np.uint64, MULTIPLIERS), map(np.uint64, WEYL)
+    for _ in range(ROUNDS):
+        left, right = c0 * m0, c2 * m1
         c0, c1, c2, c3 = (right >> _WORD) ^ c1 ^ k0, right & _MASK, (left >> _WORD) ^ c3 ^ k1, left & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + w0) & _MASK, (k1 + w1) & _MASK
     return c0, c1, c2, c3
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 from interlace.kv.specs import NULL_BLOCK
+from interlace.testing.captured_decode import CapturedDecode
 from interlace.testing.conformance import Conformance, shuffled, skip
 from interlace.testing.paging import Pager
 from interlace.testing.reference import dense_attention
@@ -71,6 +72,7 @@ class PagedAttention:
         self._device = device
         self._max_len = max_len
         self._seed = seed
+        self._captured: CapturedDecode | None = None
         self._streams: dict[tuple[str, int], Streams] = {}
         self._lengths: dict[str, int] = {}
 
@@ -80,11 +82,18 @@ class PagedAttention:
         batch = self._pager.next_batch({name: [0] * length for name, length in lengths.items()})
         self._fill(self._pager.take_freed())
         with torch.inference_mode():
-            metadata = self.backend.prepare(batch, 1)
-            errors = [self._run_layer(layer, lengths, batch, metadata) for layer in range(len(self.caches))]
+            run = self._prepare(batch)
+            errors = [self._run_layer(layer, lengths, batch, run) for layer in range(len(self.caches))]
         for name, length in lengths.items():
             self._lengths[name] = self._lengths.get(name, 0) + length
         return max(errors)
+
+    def capture(self, num_rows: int) -> None:
+        """From now on steps of single tokens, of up to `num_rows` sequences, run as a device graph runs them."""
+        width = -(-self._max_len // self.backend.block_size)
+        with torch.inference_mode():
+            self._captured = CapturedDecode(self.backend, self.caches, num_rows, width, self._device)
+        self._fill([NULL_BLOCK])
 
     def free(self, name: str) -> None:
         """A sequence ends; its blocks are poisoned and used by others."""
@@ -102,7 +111,17 @@ class PagedAttention:
         for cache in self.caches:
             cache[list(moves.values())] = cache[list(moves)].clone()
 
-    def _run_layer(self, layer: int, lengths: Mapping[str, int], batch: ForwardBatch, metadata: Any) -> float:
+    def _prepare(self, batch: ForwardBatch) -> Callable[..., torch.Tensor]:
+        """(layer, query, key, value) -> `forward` of that layer in this step."""
+        if self._captured is not None and batch.max_query_len == 1:
+            self._captured.load(batch)
+            return self._captured.run
+        metadata = self.backend.prepare(batch, 1)
+        return lambda layer, query, key, value: self.backend.forward(query, key, value, self.caches[layer], metadata)
+
+    def _run_layer(
+        self, layer: int, lengths: Mapping[str, int], batch: ForwardBatch, run: Callable[..., torch.Tensor]
+    ) -> float:
         spec, cache = self.spec, self.caches[layer]
         given = [
             [stream[self._lengths.get(name, 0) :][:length] for stream in self._stream(name, layer)]
@@ -114,7 +133,7 @@ class PagedAttention:
         empty = torch.empty(0, sum(heads), spec.head_size, dtype=self._dtype, device=self._device)
         query, key, value = torch.cat([empty, *rows]).split(heads, dim=1)  # type: ignore[no-untyped-call]
         before = _bytes(cache).clone()
-        out = self.backend.forward(query, key, value, cache, metadata)
+        out = run(layer, query, key, value)
         assert out.shape == query.shape, f"the output is {list(out.shape)}, the query {list(query.shape)}"
         assert out.dtype == query.dtype, f"the output is in {out.dtype}, the query in {query.dtype}"
         self._check_writes(before, _bytes(cache), batch)
@@ -130,7 +149,8 @@ class PagedAttention:
 
     def _check_writes(self, before: torch.Tensor, after: torch.Tensor, batch: ForwardBatch) -> None:
         changed = set((before != after).any(dim=1).nonzero().flatten().tolist())
-        allowed = set((batch.slot_mappings[1] // self.backend.block_size).tolist())
+        allowed = {NULL_BLOCK} if self._captured is not None else set()  # padding rows write there
+        allowed |= set((batch.slot_mappings[1] // self.backend.block_size).tolist())
         assert changed <= allowed, f"blocks {sorted(changed - allowed)} were written; the step's are {sorted(allowed)}"
 
     def _fill(self, blocks: Sequence[int]) -> None:
@@ -202,7 +222,7 @@ class AttentionConformance(Conformance):
             assert stated or not accepted, f"{dtype} is accepted but has no entry in `tolerances`, so nobody tests it"
 
     def test_claims_are_known_words(self) -> None:
-        assert self.target.graph_support in ("none", "decode", "any"), self.target.graph_support
+        assert self.target.graph_support in ("none", "decode"), self.target.graph_support
         assert isinstance(self.target.batch_invariant, bool)
 
     def test_cache_layout(self, seed: int) -> None:
@@ -260,6 +280,22 @@ class AttentionConformance(Conformance):
         paged = self._paged(rng, layers=3)
         for _ in range(3):
             self._check(paged, {name: rng.choice([1, 1, 5, 20]) for name in "abc"})
+
+    def test_decode_in_a_device_graph(self, seed: int) -> None:
+        """If `graph_refusal` says None: metadata made once, over buffers that hold padding then, serves every later
+        decode step, whatever is prefilled in between."""
+        rng = random.Random(seed)
+        paged = self._paged(rng, layers=2)
+        if (reason := paged.backend.graph_refusal()) is not None:
+            assert isinstance(reason, str) and reason, f"graph_refusal says {reason!r}"
+            skip(f"no device graphs: {reason}")
+        paged.capture(rng.choice([6, 8]))
+        self._check(paged, {name: rng.choice([1, 2, 9, 40]) for name in "abcd"})
+        for step in range(12):
+            if rng.random() < 0.2:
+                self._check(paged, {rng.choice("abcdef"): rng.choice([2, 7])}, "prefill between graphs")
+            names = rng.sample("abcdef", rng.randint(1, 6))
+            self._check(paged, dict.fromkeys(names, 1), f"decode step {step} in a device graph")
 
     def test_blocks_can_be_moved(self, seed: int) -> None:
         """A block holds all there is to know about its tokens: it may be copied, and used under another number."""

@@ -19,6 +19,8 @@ import torch
 
 from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
 from interlace.interfaces.weights import BlockWeight
+from interlace.sampling.device import SamplingColumns
+from interlace.testing import sampling_cases
 from interlace.testing.conformance import Conformance, skip
 
 Arguments = dict[str, Any]
@@ -27,7 +29,7 @@ Arguments = dict[str, Any]
 _PLAIN_WEIGHTS = ("auto", "bf16", "float32")
 _ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding")
 _MAKERS = ("make_linear", "make_block_linear", "make_head", "make_block_embedding")
-_CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax")
+_CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax", "sample")
 """Ops that are called with random rows. `draw`, which works on rows of its argument, has tests of its own."""
 _MADE_OF = {"make_block_linear": "make_linear", "make_head": "make_linear", "make_block_embedding": "embedding"}
 """What the reference makes an op of: its claim holds where it holds for that."""
@@ -144,6 +146,15 @@ class KernelsConformance(Conformance):
             assert torch.equal(x, before), f"{case}: wrote into x"
         assert torch.equal(weight, given), "make_linear wrote into the weight, which may be tied to the embedding"
 
+    def test_sample(self, seed: int) -> None:
+        """Tokens on the device: those of `argmax` and `draw`, in every mode that serves a row, -1 for no distribution.
+
+        Where rounding may decide, the token has to be as likely as the one that float64 would have drawn."""
+        spec = KernelSpec(next(iter(self.tolerances)), self.device)
+        if (reason := self.target.supports("sample", spec)) is not None:
+            skip(f"sample: {reason}")
+        sampling_cases.check_sample(self.target(self.target_options, spec).sample, self.device, seed)
+
     def test_batch_invariance_if_claimed(self, dtype: str, seed: int) -> None:
         """A row has the same bits alone, and in any company and order."""
         claimed = [op for op in _CALLED if {op, _MADE_OF.get(op, op)} <= self.target.batch_invariant]
@@ -228,6 +239,8 @@ class KernelsConformance(Conformance):
             return {"token_ids": numbers(50), "weight": values(50, size).contiguous()}
         if op == "scale":
             return {"x": values(rows, size), "factor": rng.uniform(-2, 2)}
+        if op == "sample":
+            return sampling_cases.arguments(rows, size + 9, generator, self.device)
         if op == "argmax":
             return {"logits": torch.randn(rows, size + 9, generator=generator).to(self.device)}
         outputs = rng.choice([1, 7, 64])
@@ -323,10 +336,13 @@ def _shapes(arguments: Arguments) -> str:
 def _rows(arguments: Arguments, chosen: list[int]) -> Arguments:
     """Copies of the arguments with these rows only."""
     shared = ("weight", "cos_sin")
-    return {
-        name: value[chosen].clone() if isinstance(value, torch.Tensor) and name not in shared else value
-        for name, value in arguments.items()
-    }
+
+    def part(value: Any) -> Any:
+        if isinstance(value, SamplingColumns):
+            return SamplingColumns(*map(part, value))
+        return value[chosen].clone() if isinstance(value, torch.Tensor) else value
+
+    return {name: value if name in shared else part(value) for name, value in arguments.items()}
 
 
 def _runner(kernels: Kernels, op: str, arguments: Arguments) -> Callable[[list[int]], tuple[torch.Tensor, ...]]:

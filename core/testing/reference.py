@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec, CacheLayout
-from interlace.worker.batch import ForwardBatch
+from interlace.worker.batch import DecodeBatch, ForwardBatch
 
 
 def dense_attention(spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,10 @@ def dense_attention(spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor,
 class ReferenceAttention(AttentionBackend):
     """Row by row, in float64. Slow and plain: models are tested with it, so that no real backend is to blame.
 
-    Cache layout: [blocks, block_size, 2 (key, value), kv_heads, head_size]."""
+    Cache layout: [blocks, block_size, 2 (key, value), kv_heads, head_size]. Its decode steps can stand in a graph of
+    the fake device, which calls again what it recorded."""
+
+    graph_support = "decode"
 
     @classmethod
     def supports(cls, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> str | None:
@@ -58,9 +61,18 @@ class ReferenceAttention(AttentionBackend):
             rows.append((slice(batch.query_start[row], batch.query_start[row + 1]), slots))
         return batch.slot_mappings[group], rows
 
+    def graph_refusal(self) -> str | None:
+        return None if self.device == "cpu" else f"it reads lengths on the host, which a graph on {self.device} cannot"
+
+    def prepare_decode(self, batch: DecodeBatch, group: int) -> tuple[DecodeBatch, int]:
+        """The buffers themselves: they are read in `forward`."""
+        return batch, group
+
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, metadata: Any
     ) -> torch.Tensor:
+        if isinstance(metadata[0], DecodeBatch):
+            metadata = self.prepare(_as_forward_batch(metadata[0]), metadata[1])
         write_slots, rows = metadata
         slots = cache.flatten(0, 1)  # [slots, 2, kv_heads, head_size]
         slots[write_slots] = torch.stack((key, value), dim=1)
@@ -68,3 +80,15 @@ class ReferenceAttention(AttentionBackend):
         for queries, seen in rows:
             out[queries] = dense_attention(self.spec, query[queries], *slots[seen].unbind(1)).to(query.dtype)
         return out
+
+
+def _as_forward_batch(batch: DecodeBatch) -> ForwardBatch:
+    positions = batch.positions
+    return ForwardBatch(
+        token_ids=torch.zeros_like(positions),
+        positions=positions,
+        query_lens=[1] * batch.num_rows,
+        context_lens=(batch.seq_lens - 1).tolist(),
+        block_tables=batch.block_tables,
+        slot_mappings=batch.slot_mappings,
+    )

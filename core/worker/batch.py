@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,9 @@ IntArray = npt.NDArray[np.integer[Any]]
 class ForwardBatch:
     """One step's flattened batch: rows (sequences) of different lengths, back to back, without padding.
 
-    What backends plan with on the host comes in two forms, plain lists and numpy arrays (`..._array`). Each is made
-    when it is first read: a step that needs neither form pays for neither.
+    What backends plan with on the host comes in two forms, plain lists and numpy arrays (`..._array`); lengths come as
+    tensors on the device (`..._tensor`), too. Each is made when it is first read: a step that needs no form pays for
+    none.
     """
 
     def __init__(
@@ -65,6 +66,19 @@ class ForwardBatch:
         return _as_list(self.query_start_array)
 
     @cached_property
+    def seq_lens_tensor(self) -> torch.Tensor:
+        """[rows] int32 on the device of the batch: tokens in the cache after this step."""
+        return self._on_device(self.context_lens_array + self.query_lens_array)
+
+    @cached_property
+    def query_start_tensor(self) -> torch.Tensor:
+        """[rows + 1] int32 on the device of the batch: offsets of the rows in the token dimension."""
+        return self._on_device(self.query_start_array)
+
+    def _on_device(self, array: IntArray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int32)).to(self.positions.device, non_blocking=True)
+
+    @cached_property
     def max_query_len(self) -> int:
         """The most tokens of this step in a row; 0 without rows."""
         return max(self.query_lens, default=0)
@@ -73,6 +87,25 @@ class ForwardBatch:
     def max_seq_len(self) -> int:
         """The longest sequence after this step; 0 without rows."""
         return max(self.seq_lens, default=0)
+
+
+class DecodeBatch(NamedTuple):
+    """Rows of one token each, in buffers on the device that stay where they are while their values change from step to
+    step: what a device graph is captured over.
+
+    A step with fewer rows fills the rest with padding: a sequence of one token, which lies in the null block.
+    """
+
+    positions: torch.Tensor  # [rows] int64, position in its own sequence; 0 in padding
+    seq_lens: torch.Tensor  # [rows] int32, tokens in the cache after this step = position + 1
+    block_tables: list[torch.Tensor]  # per KV group: [rows, max_blocks] int32, NULL_BLOCK where not held
+    slot_mappings: list[torch.Tensor]  # per KV group: [rows] int64 = block id * block_size + offset; 0 in padding
+    max_seq_len: int  # no step this batch is used for has a longer sequence
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, padding included."""
+        return self.positions.shape[0]
 
 
 def _as_list(array: IntArray) -> list[int]:

@@ -23,10 +23,11 @@ PUBLIC_MODULES = (
     "interlace.spec",  # Executor.start
     "interlace.worker.batch",  # AttentionBackend.prepare
     "interlace.sampling.distribution",  # Kernels.draw
+    "interlace.sampling.device",  # Kernels.sample
 )
 KIND_MODULES = {
     # An executor exists to place workers and to time their steps.
-    "executors": ("interlace.worker", "interlace.clock"),
+    "executors": ("interlace.worker", "interlace.clock", "interlace.remote_error"),
     # One compiled library serves both kinds; it is no kind itself.
     "attention": ("interlace.plugins.native",),
     "kernels": ("interlace.plugins.native",),

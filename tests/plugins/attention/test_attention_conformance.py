@@ -126,6 +126,23 @@ class Wider(TorchAttention):
         return super().forward(query, key, value, cache, metadata).float()
 
 
+class PlansWithPadding(ReferenceAttention):
+    """Takes the lengths to the host when a graph is made, not when it runs."""
+
+    def prepare_decode(self, batch, group):
+        return super().prepare_decode(batch._replace(seq_lens=batch.seq_lens.clone()), group)
+
+
+class WritesPaddingAnywhere(ReferenceAttention):
+    def forward(self, query, key, value, cache, metadata):
+        cache[-1] = 0
+        return super().forward(query, key, value, cache, metadata)
+
+
+class GraphsForgotten(TorchAttention):
+    graph_support = "decode"
+
+
 WRONG = [
     (ReadsEverything, "unwritten_slots", "error inf"),
     (WideWindow, "random_traffic", "window=[1-9]"),
@@ -142,6 +159,9 @@ WRONG = [
     (OnceAStep, "one_metadata", "error"),
     (ClaimsInvariance, "batch_invariance", "bits differ"),
     (Wider, "every_type", "the query in torch.bfloat16"),
+    (PlansWithPadding, "device_graph", "decode step 0 in a device graph"),
+    (WritesPaddingAnywhere, "device_graph", "were written"),
+    (GraphsForgotten, "device_graph", "graph_support = 'decode' without prepare_decode"),
 ]
 
 

@@ -139,6 +139,25 @@ class NotDeterministic(TorchKernels):
         return out * (1 + torch.rand(()) * 3 * torch.finfo(out.dtype).eps)
 
 
+class SamplesWithoutNucleus(TorchKernels):
+    def sample(self, logits, columns, mode):
+        return super().sample(logits, columns._replace(top_p=torch.ones_like(columns.top_p)), mode)
+
+
+class SamplesAnyway(TorchKernels):
+    """Gives a token for rows that are no distribution."""
+
+    def sample(self, logits, columns, mode):
+        return super().sample(logits, columns, mode).clamp_min(0)
+
+
+class SamplesByPlace(TorchKernels):
+    """The random number depends on where the row stands."""
+
+    def sample(self, logits, columns, mode):
+        return super().sample(logits, columns._replace(position=torch.arange(len(logits))), mode)
+
+
 WRONG = [
     (NarrowSquares, "test_values", "rms_norm in float16"),
     (NoUnitOffset, "test_values", "rms_norm in float32 .* unit_offset True"),
@@ -155,6 +174,9 @@ WRONG = [
     (AcceptsEverything, "test_unknown_ways", "no-such-way"),
     (RefusesEverything, "test_something_is_supported", "every op is refused on cpu"),
     (ClaimsLinear, "test_batch_invariance", "make_linear in float32 claims"),
+    (SamplesWithoutNucleus, "test_sample", "token [0-9]+ (is excluded|holds)"),
+    (SamplesAnyway, "test_sample", "is no distribution"),
+    (SamplesByPlace, "test_sample", "the number is"),
     (ClaimsUnknown, "test_claims", r"names \['linear'\]"),
     (NotDeterministic, "test_deterministic", "embedding in .*: two runs differ"),
 ]
