@@ -23,8 +23,9 @@ from interlace.clock import MonotonicClock
 from interlace.engine.loop import EngineLoop, Stop
 from interlace.engine.startup import paused_gc
 from interlace.engine.step_watchdog import StepWatchdog
-from interlace.engine.wire import Died, Event, FromEngine, Output, Ready, RemoteError, Reply, decode_command, encode
+from interlace.engine.wire import Died, Event, FromEngine, Output, Ready, Reply, decode_command, encode
 from interlace.interfaces.executor import Executor
+from interlace.remote_error import RemoteError
 from interlace.spec import ResolvedSpec
 
 HUNG_STATUS = 70

@@ -1,0 +1,102 @@
+"""How many ranks there are, where they are, and what of the machine each may use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from interlace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from interlace.spec import ResolvedSpec
+    from interlace.worker.place import Place
+
+
+class RankOptions(BaseModel):
+    """Options of an executor of several ranks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="Ranks that share each layer: every rank holds a part of all its weights."
+    )
+    pipeline_parallel: int = Field(
+        default=1, ge=1, description="Stages the layers are dealt to; as many steps are under way."
+    )
+    devices: list[str] = Field(
+        default=[],
+        description="Device of each rank, in order of ranks (stage by stage). Empty: the CPU for all, or `cuda:0`, "
+        "`cuda:1`, … where `device` is a GPU.",
+    )
+    threads_per_rank: int = Field(
+        default=0, ge=0, description="CPU threads of each rank; 0: an equal share of what `threads` stands for."
+    )
+    cores: Literal["none", "auto"] | list[str] = Field(
+        default="none",
+        description="Processors each rank is bound to: `none`, `auto` (an equal share each), or one list per rank, "
+        "such as `0-3,8`.",
+    )
+    all_reduce: Literal["auto", "gloo", "shared_memory"] = Field(
+        default="auto",
+        description="How partial results are summed on CPU. `auto`: in shared memory where that is faster, else by "
+        "gloo.",
+    )
+    start_timeout_s: float = Field(
+        default=600.0, gt=0, description="A start that takes longer, loading included, is given up."
+    )
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    def places(self, spec: ResolvedSpec) -> list[Place]:
+        """The ranks of one machine, in order. Raises `ConfigError` naming the option that does not fit."""
+        from interlace.worker.place import Place
+        from interlace.worker.threads import plan_threads
+
+        devices = self._devices(spec.device)
+        cores = self._cores()
+        share = max(1, plan_threads(spec.threads).count // self.world)
+        return [
+            Place(
+                tensor_rank=rank % self.tensor_parallel,
+                tensor_size=self.tensor_parallel,
+                stage=rank // self.tensor_parallel,
+                num_stages=self.pipeline_parallel,
+                device=devices[rank],
+                sharers=devices.count(devices[rank]),
+                threads=self.threads_per_rank or (0 if cores[rank] else share),
+                cores=cores[rank],
+            )
+            for rank in range(self.world)
+        ]
+
+    def _devices(self, device: str) -> list[str]:
+        if self.devices:
+            self._check_length("devices", len(self.devices))
+            return self.devices
+        if device.startswith("cuda"):
+            first = int(device.partition(":")[2] or 0)
+            return [f"cuda:{first + rank}" for rank in range(self.world)]
+        return [device] * self.world
+
+    def _cores(self) -> list[tuple[int, ...]]:
+        if self.cores == "none":
+            return [()] * self.world
+        if self.cores == "auto":
+            from interlace.plugins.executors.ranks.cores import deal_cores
+
+            return deal_cores(self.world)
+        self._check_length("cores", len(self.cores))
+        from interlace.plugins.executors.ranks.cores import parse_cores
+
+        return [parse_cores(text) for text in self.cores]
+
+    def _check_length(self, option: str, length: int) -> None:
+        if length != self.world:
+            raise ConfigError(
+                f"executor option {option} has {length} entries for {self.world} ranks (tensor_parallel = "
+                f"{self.tensor_parallel} x pipeline_parallel = {self.pipeline_parallel}); give one per rank, or none"
+            )
