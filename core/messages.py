@@ -25,6 +25,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "RequestSummary",
+    "SampledTokens",
     "SamplingParams",
     "StepOutput",
     "StepPlan",
@@ -118,6 +119,16 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     attachments: Attachments = {}
 
 
+class SampledTokens(msgspec.Struct, frozen=True, gc=False):
+    """What a step sampled, for ranks that do not sample; travels with a later plan. `token_ids[i]` is the next token of
+    slot `slots[i]`; a slot stands there once per token."""
+
+    step_id: int
+    """The step that sampled them: they are not for a request that took its slot in a later one."""
+    slots: list[int]
+    token_ids: list[int]
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     """Log probabilities at one position: entry 0 is the chosen token, then the most likely ones in order."""
 
@@ -205,11 +216,13 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Requests for which this step could not choose a token (NaN in the logits, everything excluded)."""
     kv_block_times: KVBlockTimes | None = None
     """What ended with the plans since the stats before these; None: nothing did."""
+    engine: int = 0
+    """Which replica it is about; 0 where there is one engine."""
     degraded: str | None = None
     """Why health is degraded (a policy that keeps failing or starves requests), or None."""
     plugin_seconds: dict[str, float] = {}
     """`kind:name` → seconds spent in each selected plugin since the stats before these: in the scheduler's methods
-    (what its `plan` has the core do included), in logits processors, and, for `on_step` subscribers, under
+    (what its `plan` has the core do included), in logits processors, in the router (about all replicas), and, for `on_step` subscribers, under
     `events:package:entry_point` in every subscriber, its call with the stats before these included."""
 
 
@@ -229,6 +242,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     logprobs: dict[str, list[TokenLogprobs]] = {}
     prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
     stats: StepStats | None = None
+    engine: int = 0
+    """Which replica made the step; 0 where there is one engine."""
 
 
 class RequestSummary(msgspec.Struct, frozen=True, gc=False, kw_only=True):

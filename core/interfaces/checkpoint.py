@@ -29,6 +29,8 @@ class Stored(NamedTuple):
     nbytes: int
     in_blocks: bool = False
     """Whether matrices in this format come as `BlockWeight`s."""
+    block_values: int = 1
+    """Neighbouring values of a row that cannot be parted: those of a block."""
 
 
 class Checkpoint(ABC):

@@ -7,7 +7,7 @@ A model knows its layers and the names of its weights. It knows nothing of reque
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -20,18 +20,50 @@ if TYPE_CHECKING:
 
 
 class Parallel:
-    """This rank's place in tensor parallelism. The base class is a single rank: every collective is the identity."""
+    """This rank's place among the ranks that run one model together, and what it exchanges with them.
+
+    The base class is a single rank: every collective is the identity. Calls come from the worker's thread, in the same
+    order on all ranks that take part. A call raises when a peer is gone; the worker cannot go on then.
+    """
 
     rank: int = 0
+    """Tensor rank: which part of each layer this rank holds."""
     size: int = 1
+    """Number of tensor ranks."""
+    stage: int = 0
+    """Pipeline stage: which layers this rank holds."""
+    num_stages: int = 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+    def layers_here(self, num_layers: int) -> range:
+        """Which of a model's layers this stage holds: a run of them, the first stages one more where it is uneven."""
+        each, more = divmod(num_layers, self.num_stages)
+        first = self.stage * each + min(self.stage, more)
+        return range(first, first + each + (self.stage < more))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of `x` over the ranks."""
+        """Sum of `x` over the tensor ranks of this stage, with the same bits on each; may be written into `x`."""
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` of all ranks, concatenated along the last dimension."""
+        """`x` of all tensor ranks of this stage, which have equal shapes, concatenated along the last dimension."""
         return x
+
+    def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+        """Hand both, [tokens, hidden] of one dtype, to the same tensor rank of the next stage. May return before they
+        are taken, so the caller writes into neither afterwards. All tensor ranks of a stage send the same values."""
+        raise RuntimeError("there is no next pipeline stage to send to")
+
+    def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (hidden, residual) that the previous stage sent next, each [num_tokens, hidden_size]."""
+        raise RuntimeError("there is no previous pipeline stage to receive from")
 
 
 class BuildContext(NamedTuple):
@@ -42,6 +74,8 @@ class BuildContext(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
+    grain: int = 1
+    """Neighbouring inputs of a linear that ranks should not part: the longest block of the checkpoint's formats."""
 
 
 class LayerCache(NamedTuple):
@@ -57,7 +91,9 @@ class ForwardContext:
 
     __slots__ = ("layers", "metadata")
 
-    def __init__(self, layers: list[LayerCache], metadata: list[Any]) -> None:
+    def __init__(self, layers: Mapping[int, LayerCache] | Sequence[LayerCache], metadata: Sequence[Any]) -> None:
+        """`layers`: attention layer, as numbered in the whole model → where it keeps its data, for those of this stage;
+        `metadata`: what the backend of each KV group prepared."""
         self.layers = layers
         self.metadata = metadata
 
@@ -82,6 +118,10 @@ class Model(ABC):
     takes_blocks: ClassVar[bool] = False
     """Whether `load_weights` understands `BlockWeight`, as `interlace.layers` does. Where it does not, what a
     checkpoint ships in blocks comes decoded to float32."""
+    supports_pipeline: ClassVar[bool] = False
+    """Whether it can be one stage of several (`Parallel.num_stages`): it then builds the layers
+    `parallel.layers_here(...)` only, the embedding on the first stage and norm and head on the last, and passes over
+    the weights of the others. All of `interlace.layers.decoder.CausalLM` can."""
 
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         """Allocate modules without values; `load_weights` fills them."""
@@ -89,25 +129,30 @@ class Model(ABC):
 
     @classmethod
     @abstractmethod
-    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
-        """One spec per attention layer, in layer order, as seen by one rank. Needs no weights."""
+    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1, rank: int = 0) -> list[AttentionSpec]:
+        """One spec per attention layer of the whole model, in layer order, as tensor rank `rank` of `tensor_parallel`
+        sees it: ranks may hold different numbers of heads. Needs no weights."""
 
     @property
     @abstractmethod
     def num_parameters(self) -> int:
-        """Values in the weights of the whole model, known as soon as it is built (also on device `meta`)."""
+        """Values in the weights that this rank holds (alone: all), known as soon as it is built (also on device
+        `meta`)."""
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
-        """Consume (checkpoint name, weight) pairs, then make the model ready to run. Weights are tensors or, if
-        `takes_blocks`, also `BlockWeight`s.
+        """Consume (checkpoint name, weight) pairs, then make the model ready to run. Every rank is given all of
+        them and keeps its own part. Weights are tensors or, if `takes_blocks`, also `BlockWeight`s.
 
         Raises `CheckpointError` naming every missing, unexpected or wrongly shaped tensor."""
 
     @abstractmethod
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> ModelOutput:
-        """Hidden states of the flattened batch. `token_ids`, `positions`: [tokens] int64."""
+        """Hidden states of the flattened batch. `token_ids`, `positions`: [tokens] int64.
+
+        Stages after the first `receive` what the one before `send`s, in place of the embedding; those before the last
+        return a `hidden` of no tokens."""
 
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocab] in float32."""
+        """[rows, hidden] -> [rows, vocab] in float32. Called on all tensor ranks of the last stage alike."""

@@ -28,6 +28,8 @@ class BlockWeight(msgspec.Struct, frozen=True):
     """torch.Tensor [out, bytes of a row] uint8, perhaps a view of a mapped file: never written to."""
     decode: Callable[[Any], Any]
     """data of some rows -> their values [rows, in] in float32, exactly."""
+    block_values: int = 0
+    """Values of a block; 0: not told, so that columns cannot be cut."""
 
     @property
     def nbytes(self) -> int:
@@ -35,20 +37,27 @@ class BlockWeight(msgspec.Struct, frozen=True):
         return int(self.data.numel())
 
     def __getitem__(self, where: Any) -> Any:
-        """Rows, by a slice or a list of numbers: a `BlockWeight`. With a part of the columns, too: their values, as a
-        tensor, since blocks cannot be cut."""
+        """Rows, by a slice or a list of numbers, and perhaps a run of the columns: a `BlockWeight`, or, where the
+        columns are not whole blocks, their values as a tensor."""
         rows, *columns = where if isinstance(where, tuple) else (where,)
-        part = self._with(self.data[rows])
-        if not columns or columns[0].indices(self.shape[1]) == (0, self.shape[1], 1):
+        part = self._with(self.data[rows], self.shape[1])
+        if not columns:
             return part
-        return part.dequantize()[:, columns[0]]
+        first, end, step = columns[0].indices(self.shape[1])
+        if (first, end, step) == (0, self.shape[1], 1):
+            return part
+        if step != 1 or not self.block_values or first % self.block_values or end % self.block_values:
+            return part.dequantize()[:, columns[0]]
+        block_bytes = self.data.shape[1] // (self.shape[1] // self.block_values)
+        cut = slice(first // self.block_values * block_bytes, end // self.block_values * block_bytes)
+        return self._with(part.data[:, cut], end - first)
 
     def detach(self) -> BlockWeight:
         return self
 
     def to(self, device: Any) -> BlockWeight:
         """The same with `data` on a torch device."""
-        return self._with(self.data.to(device))
+        return self._with(self.data.to(device), self.shape[1])
 
     def pad(self, rows: int) -> BlockWeight:
         """With rows of zeros at the end, `rows` in all: every format decodes zero bytes to zeros."""
@@ -56,7 +65,7 @@ class BlockWeight(msgspec.Struct, frozen=True):
             return self
         padded = self.data.new_zeros(rows, self.data.shape[1])
         padded[: self.shape[0]] = self.data
-        return self._with(padded)
+        return self._with(padded, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[out, in] in `dtype` (None: float32)."""
@@ -71,8 +80,8 @@ class BlockWeight(msgspec.Struct, frozen=True):
             out[first : first + step].copy_(self.decode(self.data[first : first + step]))
         return out
 
-    def _with(self, data: Any) -> BlockWeight:
-        return BlockWeight(self.format, (data.shape[0], self.shape[1]), data, self.decode)
+    def _with(self, data: Any, columns: int) -> BlockWeight:
+        return BlockWeight(self.format, (data.shape[0], columns), data, self.decode, self.block_values)
 
 
 def join_rows(parts: Sequence[torch.Tensor | BlockWeight], dtype: torch.dtype, device: Any) -> torch.Tensor:

@@ -16,10 +16,10 @@ from interlace.model_config import ModelConfig
 
 
 def attention_specs(
-    config: ModelConfig, tensor_parallel: int = 1, *, scale: float = 0.0, softcap: float = 0.0
+    config: ModelConfig, tensor_parallel: int = 1, rank: int = 0, *, scale: float = 0.0, softcap: float = 0.0
 ) -> list[AttentionSpec]:
-    """One spec per layer as one of `tensor_parallel` ranks sees it; windows as `config.layer_types` says."""
-    heads = share_heads(config.num_heads, config.num_kv_heads, 0, tensor_parallel)
+    """One spec per layer as rank `rank` of `tensor_parallel` sees it; windows as `config.layer_types` says."""
+    heads = share_heads(config.num_heads, config.num_kv_heads, rank, tensor_parallel)
     common = AttentionSpec(
         num_heads=heads.query, num_kv_heads=heads.kv, head_size=config.head_size, scale=scale, softcap=softcap
     )
@@ -47,14 +47,17 @@ class Attention:
         qk_norm: bool = False,
         unit_offset: bool = False,
     ) -> None:
-        size = config.head_size
+        size, parallel = config.head_size, build.parallel
+        share = share_heads(config.num_heads, config.num_kv_heads, parallel.rank, parallel.size)
         self._layer = layer
         self._head_size = size
         self._heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._sizes = [heads * size for heads in self._heads]
         self._rotary = rotary
-        self._qkv = QKVLinear(build, weights, config.hidden_size, config.num_heads, config.num_kv_heads, size, qkv_bias)
-        self._out = RowParallelLinear(build, weights, "o_proj", config.num_heads * size, config.hidden_size, out_bias)
+        hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+        self._qkv = QKVLinear(build, weights, hidden, heads, kv_heads, size, share, qkv_bias)
+        columns = share.query_part(size)
+        self._out = RowParallelLinear(build, weights, "o_proj", heads * size, hidden, out_bias, columns)
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if qk_norm:
             self._norms = (

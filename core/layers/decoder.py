@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -79,30 +79,61 @@ class PreNormLayer(DecoderLayer):
 
 
 class CausalLM(Model):
-    """Embedding, decoder layers, final norm, output head. An architecture says what its layers are made of."""
+    """Embedding, decoder layers, final norm, output head. An architecture says what its layers are made of.
+
+    As a pipeline stage it has its run of the layers; the embedding is on the first stage, norm and head on the last,
+    where a tied head has the embedding's weight as its own."""
 
     takes_blocks = True
+    supports_pipeline = True
     norm_unit_offset = False
     """Whether the checkpoint's final norm stores weight - 1 (Gemma)."""
 
     def __init__(self, config: ModelConfig, build: BuildContext) -> None:
         super().__init__(config, build)
+        self._parallel, self._dtype = build.parallel, build.dtype
+        self._embedding: VocabParallelEmbedding | None = None
+        self._norm: RMSNorm | None = None
+        self._head: VocabParallelHead | None = None
         weights = self._weights = WeightTable()
         weights.ignore("rotary_emb.inv_freq")  # computed, but shipped by old checkpoints
-        body, vocab, size = weights.at("model"), config.vocab_size, config.hidden_size
-        self._embedding = VocabParallelEmbedding(build, body.at("embed_tokens"), vocab, size)
-        specs = self.attention_specs(config, build.parallel.size)
-        self._layers = self.build_layers(build, body.at("layers"), specs)
-        self._norm = RMSNorm(build, body.at("norm"), size, config.norm_eps, self.norm_unit_offset)
-        tied = self._embedding if config.tie_word_embeddings else None
-        self._head = VocabParallelHead(build, weights.at("lm_head"), vocab, size, tied)
+        body, layers, parallel = weights.at("model"), weights.at("model").at("layers"), build.parallel
+        if parallel.is_first_stage:
+            self._embedding = VocabParallelEmbedding(
+                build, body.at("embed_tokens"), config.vocab_size, config.hidden_size
+            )
+        specs = self.attention_specs(config, parallel.size, parallel.rank)
+        here = parallel.layers_here(len(specs))
+        for layer in range(len(specs)):
+            if layer not in here:
+                layers.leave(str(layer))
+        self._layers = self.build_layers(build, layers, {layer: specs[layer] for layer in here})
+        if parallel.is_last_stage:
+            self._norm = RMSNorm(build, body.at("norm"), config.hidden_size, config.norm_eps, self.norm_unit_offset)
+            self._head = self._build_head(build)
+        else:
+            body.leave("norm")
+            weights.leave("lm_head")
+        if self._embedding is None and not (parallel.is_last_stage and config.tie_word_embeddings):
+            body.leave("embed_tokens")
+
+    def _build_head(self, build: BuildContext) -> VocabParallelHead:
+        config, weights, tied = self.config, self._weights.at("lm_head"), None
+        if config.tie_word_embeddings:
+            self._weights.ignore("lm_head.weight")  # some checkpoints ship the tied weight twice
+            weights, tied = self._weights.at("model").at("embed_tokens"), self._embedding
+        return VocabParallelHead(build, weights, config.vocab_size, config.hidden_size, tied)
 
     @abstractmethod
-    def build_layers(self, build: BuildContext, weights: WeightTable, specs: list[AttentionSpec]) -> list[DecoderLayer]:
-        """The decoder layers in order; layer i expects its tensors below `weights.at(str(i))`."""
+    def build_layers(
+        self, build: BuildContext, weights: WeightTable, specs: Mapping[int, AttentionSpec]
+    ) -> list[DecoderLayer]:
+        """The decoder layers of this stage in order. `specs`: number of each in the whole model → its attention; layer
+        i expects its tensors below `weights.at(str(i))`."""
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[tokens] -> [tokens, hidden]; an architecture that scales its embeddings extends this."""
+        """[tokens] -> [tokens, hidden], on the first stage; an architecture that scales its embeddings extends this."""
+        assert self._embedding is not None
         return self._embedding(token_ids)
 
     @property
@@ -111,15 +142,25 @@ class CausalLM(Model):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor | BlockWeight]]) -> None:
         self._weights.load(weights)
-        self._head.finish()
+        if self._head is not None:
+            self._head.finish()
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> ModelOutput:
-        hidden = self.embed(token_ids)
         residual: torch.Tensor | None = None
+        if self._embedding is not None:
+            hidden = self.embed(token_ids)
+        else:
+            hidden, residual = self._parallel.receive(len(token_ids), self.config.hidden_size, self._dtype)
         for layer in self._layers:
             hidden, residual = layer(hidden, residual, positions, ctx)
+        if self._norm is None:
+            assert residual is not None  # a stage has a layer at least
+            self._parallel.send(hidden, residual)
+            return ModelOutput(hidden[:0], {})
         hidden = self._norm(hidden) if residual is None else self._norm.add(hidden, residual)[0]
         return ModelOutput(hidden, {})
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._head is None:
+            raise RuntimeError("the output head is on the last pipeline stage, and this is another")
         return self._head(hidden)

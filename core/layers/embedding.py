@@ -25,7 +25,8 @@ class VocabParallelEmbedding:
         self._look_up: Callable[[torch.Tensor], torch.Tensor] = _refuse
         self.weight: torch.Tensor | BlockWeight | None = None
         """[this rank's rows, hidden], once loaded: what a tied head is made of."""
-        weights.expect("weight", (vocab_size, hidden_size), self._place, blocks=True)
+        held = max(0, min(self._rows, vocab_size - self._first)) * hidden_size
+        weights.expect("weight", (vocab_size, hidden_size), self._place, blocks=True, held=held)
 
     def _place(self, weight: torch.Tensor | BlockWeight) -> None:
         build = self._build
@@ -79,7 +80,8 @@ class VocabParallelHead:
         rows = -(-vocab_size // build.parallel.size)
         self._range = slice(build.parallel.rank * rows, (build.parallel.rank + 1) * rows)
         if tied is None:
-            weights.expect("weight", (vocab_size, hidden_size), self._place, blocks=True)
+            held = max(0, min(self._range.stop, vocab_size) - self._range.start) * hidden_size
+            weights.expect("weight", (vocab_size, hidden_size), self._place, blocks=True, held=held)
         else:
             weights.ignore("lm_head.weight")  # some checkpoints ship the tied weight twice
 

@@ -15,7 +15,7 @@ import torch
 
 from interlace.interfaces.model import BuildContext
 from interlace.interfaces.weights import BlockWeight, join_rows
-from interlace.layers.parallel import share, share_heads
+from interlace.layers.parallel import HeadShare, share
 from interlace.layers.weights import WeightTable
 
 _ALL = slice(None)
@@ -30,6 +30,12 @@ class LinearPart(NamedTuple):
     rows: slice | list[int] = _ALL
     """A list where one tensor holds several projections, so that a rank's rows lie apart."""
     columns: slice = _ALL
+
+    @property
+    def held(self) -> int:
+        """Values in this rank's part of the weight."""
+        rows = len(self.rows) if isinstance(self.rows, list) else len(range(*self.rows.indices(self.shape[0])))
+        return rows * len(range(*self.columns.indices(self.shape[1])))
 
 
 class Linear:
@@ -55,9 +61,10 @@ class Linear:
         self._run: Callable[[torch.Tensor], torch.Tensor] = _refuse
         for index, part in enumerate(parts):
             scope, place = weights.at(part.name), partial(self._place, "weight", index, (part.rows, part.columns))
-            scope.expect("weight", part.shape, place, blocks=True)
+            scope.expect("weight", part.shape, place, blocks=True, held=part.held)
             if bias:
-                scope.expect("bias", part.shape[:1], partial(self._place, "bias", index, (part.rows,)))
+                place = partial(self._place, "bias", index, (part.rows,))
+                scope.expect("bias", part.shape[:1], place, held=part._replace(shape=(part.shape[0], 1)).held)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(x)
@@ -103,9 +110,8 @@ class ColumnParallelLinear(Linear):
     def __init__(
         self, build: BuildContext, weights: WeightTable, outputs: Mapping[str, int], in_size: int, bias: bool = False
     ) -> None:
-        rank, size = build.parallel.rank, build.parallel.size
         parts = [
-            LinearPart(name, (out_size, in_size), share(out_size, rank, size, f"the outputs of {name}"))
+            LinearPart(name, (out_size, in_size), _share(build, out_size, f"the outputs of {name}"))
             for name, out_size in outputs.items()
         ]
         super().__init__(build, weights, parts, bias)
@@ -125,32 +131,42 @@ class QKVLinear(Linear):
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
+        heads: HeadShare,
         bias: bool = False,
     ) -> None:
-        heads = share_heads(num_heads, num_kv_heads, build.parallel.rank, build.parallel.size)
-        query_rows = slice(heads.first_query * head_size, (heads.first_query + heads.query) * head_size)
-        kv_rows = slice(heads.first_kv * head_size, (heads.first_kv + heads.kv) * head_size)
         kv_shape = (num_kv_heads * head_size, hidden_size)
         parts = [
-            LinearPart("q_proj", (num_heads * head_size, hidden_size), query_rows),
-            LinearPart("k_proj", kv_shape, kv_rows),
-            LinearPart("v_proj", kv_shape, kv_rows),
+            LinearPart("q_proj", (num_heads * head_size, hidden_size), heads.query_part(head_size)),
+            LinearPart("k_proj", kv_shape, heads.kv_part(head_size)),
+            LinearPart("v_proj", kv_shape, heads.kv_part(head_size)),
         ]
         super().__init__(build, weights, parts, bias)
 
 
 class RowParallelLinear(Linear):
-    """Inputs split over ranks: this rank's part of x -> the whole output, summed over the ranks."""
+    """Inputs split over ranks: this rank's part of x -> the whole output, summed over the ranks.
+
+    `columns`: the inputs this rank has; by default those that `ColumnParallelLinear` leaves it of as many outputs.
+    """
 
     def __init__(
-        self, build: BuildContext, weights: WeightTable, name: str, in_size: int, out_size: int, bias: bool = False
+        self,
+        build: BuildContext,
+        weights: WeightTable,
+        name: str,
+        in_size: int,
+        out_size: int,
+        bias: bool = False,
+        columns: slice | None = None,
     ) -> None:
-        rank, size = build.parallel.rank, build.parallel.size
-        columns = share(in_size, rank, size, f"the inputs of {name}")
-        super().__init__(
-            build, weights, [LinearPart(name, (out_size, in_size), columns=columns)], bias, use_bias=rank == 0
-        )
+        columns = columns or _share(build, in_size, f"the inputs of {name}")
+        parts = [LinearPart(name, (out_size, in_size), columns=columns)]
+        super().__init__(build, weights, parts, bias, use_bias=build.parallel.rank == 0)
         self._all_reduce = build.parallel.all_reduce
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._all_reduce(self._run(x))
+
+
+def _share(build: BuildContext, total: int, what: str) -> slice:
+    return share(total, build.parallel.rank, build.parallel.size, what, build.grain)

@@ -17,6 +17,7 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     place: Callable[[Any], object]
     blocks: bool
+    held: int
 
 
 class WeightTable:
@@ -29,34 +30,46 @@ class WeightTable:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._ignored: list[str] = []
+        self._elsewhere: list[str] = []
         self._prefix = ""
 
     def at(self, name: str) -> WeightTable:
         """The same table, with names below `name`."""
         view = WeightTable()
-        view._entries, view._ignored, view._prefix = self._entries, self._ignored, f"{self._prefix}{name}."
+        view._entries, view._ignored, view._elsewhere = self._entries, self._ignored, self._elsewhere
+        view._prefix = f"{self._prefix}{name}."
         return view
 
     def expect(
-        self, name: str, shape: tuple[int, ...], place: Callable[[Any], object], *, blocks: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        place: Callable[[Any], object],
+        *,
+        blocks: bool = False,
+        held: int | None = None,
     ) -> None:
         """Need tensor `name` of this whole (unsharded) shape. `place` gets it once, in the type it was shipped in,
-        perhaps as a view of a mapped file: it copies what it keeps.
+        perhaps as a view of a mapped file: it copies what it keeps. `held`: values that this rank keeps (default: all).
 
         A weight shipped in blocks is decoded to float32 first, unless `place` takes a `BlockWeight` too (`blocks`)."""
         full_name = self._prefix + name
         if full_name in self._entries:
             raise ValueError(f"two layers expect the checkpoint tensor '{full_name}'")
-        self._entries[full_name] = _Entry(shape, place, blocks)
+        self._entries[full_name] = _Entry(shape, place, blocks, math.prod(shape) if held is None else held)
 
     def ignore(self, suffix: str) -> None:
         """Pass over tensors whose name ends so; for values that some checkpoints carry and nobody needs."""
         self._ignored.append(suffix)
 
+    def leave(self, name: str) -> None:
+        """Pass over the tensors below `name`: another pipeline stage has them, and sees to it that they are right."""
+        self._elsewhere.append(f"{self._prefix}{name}.")
+
     @property
     def num_parameters(self) -> int:
-        """Values in all expected tensors, before they are split over ranks."""
-        return sum(math.prod(entry.shape) for entry in self._entries.values())
+        """Values of the expected tensors that this rank holds."""
+        return sum(entry.held for entry in self._entries.values())
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor | BlockWeight]]) -> None:
         """Consume all (checkpoint name, weight) pairs.
@@ -67,7 +80,7 @@ class WeightTable:
         for name, tensor in weights:
             entry = self._entries.get(name)
             if entry is None:
-                if not name.endswith(tuple(self._ignored)):
+                if not (name.endswith(tuple(self._ignored)) or name.startswith(tuple(self._elsewhere))):
                     unexpected.append(name)
             elif name in seen:
                 repeated.append(name)

@@ -64,7 +64,7 @@ class ModelHarness:
         with torch.inference_mode():
             self.model = model(config, build)
             self.model.load_weights(weights if model.takes_blocks else decode_all(weights))
-        specs = model.attention_specs(config, parallel.size)
+        specs = model.attention_specs(config, parallel.size, parallel.rank)
         self.groups = group_layers([spec.kv_key for spec in specs])
         self._backends, self._layers = [], dict[int, LayerCache]()
         caches: dict[int, torch.Tensor] = {}  # cache tensor by its number, shared by the groups

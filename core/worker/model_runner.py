@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import StepProgram
-from interlace.interfaces.model import ForwardContext, LayerCache, Model
-from interlace.messages import StepPlan, StepResult, TokenLogprobs
+from interlace.interfaces.model import ForwardContext, LayerCache, Model, Parallel
+from interlace.messages import SampledTokens, StepPlan, StepResult, TokenLogprobs
 from interlace.sampling.sampler import Sampler
 from interlace.worker.batch import ForwardBatch
 from interlace.worker.persistent_batch import PersistentBatch
@@ -27,34 +28,46 @@ class ModelRunner:
     def __init__(
         self,
         model: Model,
-        layers: list[LayerCache],
+        layers: Mapping[int, LayerCache],
+        backends: Sequence[AttentionBackend],
         batch: PersistentBatch,
-        sampler: Sampler,
+        sampler: Sampler | None,
         now: Callable[[], float],
         program: StepProgram | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
-        """`program`: the model's step as one call, where the kernels could make one; else it runs op by op."""
+        """`layers`: attention layer of this stage → where its data lies; `backends`: one per KV group. `sampler`: None
+        on ranks that do not sample. `program`: the model's step as one call, where the kernels could make one; else
+        it runs op by op."""
         self._model = model
         self._layers = layers
-        self._backends = {layer.group: layer.backend for layer in layers}
+        self._backends = backends
         self._batch = batch
         self._sampler = sampler
         self._now = now
         self._program = program
+        self._has_head = (parallel or Parallel()).is_last_stage
         self._prompt_logprobs: set[int] = set()  # slots that asked
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. An exception means that the whole step failed; errors of single rows are in the result."""
+    def execute(self, plan: StepPlan, sampled: Sequence[SampledTokens] = ()) -> StepResult:
+        """Run one step. An exception means that the whole step failed; errors of single rows are in the result.
+
+        `sampled`: tokens of earlier steps, for ranks that do not sample; the results of such ranks are empty."""
         started = self._now()
+        if self._sampler is None:
+            for tokens in sampled:
+                self._batch.hear(tokens)
         self._apply(plan)
         if not plan.slots:
-            return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
+            return self._empty(plan, started)
         batch = self._batch.build(plan)
-        rows = _sampling_rows(plan)
+        rows = _sampling_rows(plan) if self._has_head else ()
         hidden, logits = self.forward(batch, _outputs_of(batch, rows))
         prompt_logprobs = self._compute_prompt_logprobs(plan, batch, hidden) if self._prompt_logprobs else {}
         self._batch.advance(plan)
+        if self._sampler is None:
+            return self._empty(plan, started)
         errors: dict[int, str] = {}
         counts, token_ids, logprobs = self.sample(plan, rows, logits, errors)
         return StepResult(
@@ -67,6 +80,9 @@ class ModelRunner:
             errors=errors,
             plugin_seconds=self._sampler.take_plugin_seconds(),
         )
+
+    def _empty(self, plan: StepPlan, started: float) -> StepResult:
+        return StepResult(step_id=plan.step_id, counts=[], token_ids=[], duration=self._now() - started)
 
     @torch.inference_mode()
     def profile(self, plan: StepPlan) -> dict[str, float]:
@@ -90,22 +106,25 @@ class ModelRunner:
     def _apply(self, plan: StepPlan) -> None:
         """Take in what changed since the last step."""
         for slot in (*plan.finished, *plan.preempted):
-            self._sampler.remove(slot)
+            if self._sampler is not None:
+                self._sampler.remove(slot)
             self._prompt_logprobs.discard(slot)
         for admission in plan.admitted:
-            self._batch.admit(admission)
-            self._sampler.add(admission.slot, admission)
-            if admission.params.prompt_logprobs is None:
+            self._batch.admit(admission, plan.step_id)
+            if self._sampler is not None:
+                self._sampler.add(admission.slot, admission)
+            if admission.params.prompt_logprobs is None or not self._has_head:
                 self._prompt_logprobs.discard(admission.slot)  # a plan that failed may have carried its release
             else:
                 self._prompt_logprobs.add(admission.slot)
         self._batch.append_blocks(plan)
 
     def forward(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`."""
+        """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`.
+        Before the last pipeline stage there is nothing of either: the next stage has them."""
         if self._program is not None:
             return self._program.run(batch, outputs)
-        metadata: list[Any] = [self._backends[group].prepare(batch, group) for group in range(len(batch.block_tables))]
+        metadata: list[Any] = [backend.prepare(batch, group) for group, backend in enumerate(self._backends)]
         hidden = self._model.forward(batch.token_ids, batch.positions, ForwardContext(self._layers, metadata)).hidden
         if not outputs:  # prefill chunks that are not their prompts' last
             return hidden, hidden.new_empty(0)
@@ -122,6 +141,7 @@ class ModelRunner:
         if not rows:
             return [0] * len(plan.slots), [], {}
         slots = plan.slots if len(rows) == len(plan.slots) else [plan.slots[row] for row in rows]
+        assert self._sampler is not None
         sampled = self._sampler.sample(logits, slots, self._batch.histories(slots))
         token_ids = sampled.token_ids
         if sampled.errors:
@@ -141,7 +161,8 @@ class ModelRunner:
     def _compute_prompt_logprobs(
         self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor
     ) -> dict[int, list[TokenLogprobs]]:
-        """For rows that asked: log probability of each prompt token that a token of this step predicts."""
+        """For rows that asked: log probability of each prompt token that a token of this step predicts. All ranks that
+        hold a part of the head make the logits together; only the one that samples has a use for them."""
         found: dict[int, list[TokenLogprobs]] = {}
         for row, slot in enumerate(plan.slots):
             if slot not in self._prompt_logprobs:
@@ -153,7 +174,9 @@ class ModelRunner:
             for first in range(0, len(states), PROMPT_LOGPROBS_ROWS):
                 part = slice(first, first + PROMPT_LOGPROBS_ROWS)
                 logits = self._model.logits(states[part])
-                found.setdefault(row, []).extend(self._sampler.prompt_logprobs(slot, logits, targets[part].tolist()))
+                if self._sampler is not None:
+                    entries = self._sampler.prompt_logprobs(slot, logits, targets[part].tolist())
+                    found.setdefault(row, []).extend(entries)
         return found
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from interlace.kv.specs import NULL_BLOCK, KVCacheConfig
-from interlace.messages import Admission, StepPlan
+from interlace.messages import Admission, SampledTokens, StepPlan
 from interlace.worker.batch import ForwardBatch
 
 
@@ -25,6 +25,7 @@ class PersistentBatch:
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # known tokens per slot
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)  # of those, with KV in the cache
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._admitted_in = np.full(max_num_seqs, -1, dtype=np.int64)  # step that gave the slot to whom it belongs now
         self._tables = [np.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=np.int32) for _ in kv.groups]
         self._num_blocks = [np.zeros(max_num_seqs, dtype=np.int64) for _ in kv.groups]
         self._block_size = kv.block_size
@@ -33,9 +34,10 @@ class PersistentBatch:
         self._slots_array = np.zeros(0, dtype=np.int64)
         self._device = device
 
-    def admit(self, admission: Admission) -> None:
-        """A request takes a slot; its blocks follow in the same plan."""
+    def admit(self, admission: Admission, step_id: int) -> None:
+        """A request takes a slot with step `step_id`; its blocks follow in the same plan."""
         slot, count = admission.slot, len(admission.token_ids)
+        self._admitted_in[slot] = step_id
         self.token_ids[slot, :count] = admission.token_ids
         self.num_tokens[slot] = count
         self.num_computed[slot] = admission.num_cached_tokens
@@ -91,6 +93,16 @@ class PersistentBatch:
         known = self.num_tokens[index]
         self.token_ids[index, known] = token_ids
         self.num_tokens[index] = known + 1
+
+    def hear(self, sampled: SampledTokens) -> None:
+        """What another rank sampled, whenever it comes: tokens of slots that were taken since are none of theirs."""
+        theirs = self._admitted_in[sampled.slots] <= sampled.step_id
+        if theirs.all() and len(set(sampled.slots)) == len(sampled.slots):
+            self.append_tokens(sampled.slots, sampled.token_ids)
+            return
+        for slot, token_id, is_theirs in zip(sampled.slots, sampled.token_ids, theirs.tolist(), strict=True):
+            if is_theirs:
+                self.append_tokens([slot], [token_id])
 
     def _index(self, slots: list[int]) -> npt.NDArray[np.int64]:
         """`slots` as an array; while the same requests decode, it is made once. Not to be changed."""

@@ -6,14 +6,15 @@ The same functions serve `interlace config plan`, so what it prints is what a st
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import torch
 
-from interlace.errors import CapacityError, PluginError
+from interlace.errors import CapacityError, ConfigError, PluginError
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
-from interlace.interfaces.checkpoint import Checkpoint
+from interlace.interfaces.checkpoint import Checkpoint, Stored
 from interlace.interfaces.executor import Selection
 from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, Model, Parallel
@@ -30,10 +31,13 @@ class AttentionPlan(msgspec.Struct, frozen=True):
     """The attention side of a worker: one backend per KV group."""
 
     specs: list[AttentionSpec]
-    """Per layer."""
+    """Per layer of the whole model, as this rank sees it."""
     groups: tuple[KVGroup, ...]
+    """Of the whole model, and so the same on all ranks: block tables are."""
     backends: list[AttentionBackend]
     """Per group."""
+    layers_here: list[list[int]]
+    """Per group: its layers on this rank's pipeline stage. Layer `layers_here[g][j]` keeps its data in tensor `j`."""
     selections: tuple[Selection, ...]
 
 
@@ -70,10 +74,27 @@ def _choose(kind: str, candidates: tuple[Component, ...], what: str, ask: Any) -
     raise PluginError(f"no {kind} provider can serve {what}: {'; '.join(against)}. Set {kind}.use to another one.")
 
 
-def plan_attention(spec: ResolvedSpec, model: type[Model], tensor_parallel: int = 1) -> AttentionPlan:
+def check_pipeline(spec: ResolvedSpec, model: type[Model], parallel: Parallel) -> None:
+    """Raise `ConfigError` if the model cannot be cut into that many pipeline stages."""
+    stages, layers = parallel.num_stages, spec.model_config.num_layers
+    if stages > 1 and not model.supports_pipeline:
+        raise ConfigError(
+            f"executor.pipeline_parallel = {stages}, but the model {spec.architecture.name} cannot be cut into stages "
+            "(supports_pipeline is false); set it to 1 and raise executor.tensor_parallel instead"
+        )
+    if stages > layers:
+        raise ConfigError(
+            f"executor.pipeline_parallel = {stages}, but the model has {layers} layers and each stage needs one; "
+            f"set it to {layers} at most"
+        )
+
+
+def plan_attention(spec: ResolvedSpec, model: type[Model], parallel: Parallel | None = None) -> AttentionPlan:
     """Group the layers and choose a backend for each group. Raises `PluginError` if none supports it."""
-    specs = model.attention_specs(spec.model_config, tensor_parallel)
+    parallel = parallel or Parallel()
+    specs = model.attention_specs(spec.model_config, parallel.size, parallel.rank)
     groups = group_layers([layer.kv_key for layer in specs])
+    stage = parallel.layers_here(len(specs))
     backends: list[AttentionBackend] = []
     selections: dict[Selection, None] = {}
     block_size = spec.cache.block_size
@@ -87,7 +108,8 @@ def plan_attention(spec: ResolvedSpec, model: type[Model], tensor_parallel: int 
         )
         backends.append(component.build(layer, block_size, spec.dtype, spec.device))
         selections[Selection("attention", component.name, why)] = None
-    return AttentionPlan(specs, groups, backends, tuple(selections))
+    here = [[layer for layer in group.layers if layer in stage] for group in groups]
+    return AttentionPlan(specs, groups, backends, here, tuple(selections))
 
 
 def _attention_refusal(target: type[AttentionBackend], layer: AttentionSpec, spec: ResolvedSpec) -> str | None:
@@ -162,16 +184,25 @@ def _check_reference(left: list[str], spec: KernelSpec, against: list[str]) -> N
         raise PluginError(f"no kernels can run {', '.join(refused)} as asked: {details}. Set {cure}, or kernels.use")
 
 
-def build_context(spec: ResolvedSpec, kernels: Kernels, device: str, parallel: Parallel | None = None) -> BuildContext:
-    """What the model is built with on `device` (`meta`: shapes only)."""
+def build_context(
+    spec: ResolvedSpec,
+    kernels: ResolvedKernels,
+    device: str,
+    parallel: Parallel | None = None,
+    stored: Mapping[str, Stored] | None = None,
+) -> BuildContext:
+    """What the model is built with on `device` (`meta`: shapes only); `stored`: what `Checkpoint.stored` says."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    return BuildContext(kernels, parallel or Parallel(), dtype, torch.device(device), spec.max_model_len)
+    context = BuildContext(kernels, parallel or Parallel(), dtype, torch.device(device), spec.max_model_len)
+    if not kernels.keeps_blocks:
+        return context
+    return context._replace(grain=max([context.grain, *(held.block_values for held in (stored or {}).values())]))
 
 
 def size_cache(spec: ResolvedSpec, attention: AttentionPlan, free_bytes: int) -> KVCacheConfig:
     """How many blocks fit the memory budget. Raises `CapacityError` stating needed, available and the key."""
     layouts = [backend.cache_layout(2) for backend in attention.backends]
-    tensors = max((len(group.layers) for group in attention.groups), default=0)
+    tensors = max(map(len, attention.layers_here), default=0)
     bytes_per_block = tensors * max((layout.nbytes for layout in layouts), default=0) // 2
     budget = spec.cache.memory_bytes
     if budget is None:
@@ -185,25 +216,31 @@ def size_cache(spec: ResolvedSpec, attention: AttentionPlan, free_bytes: int) ->
     block_size = spec.cache.block_size
     largest = blocks_for(spec.max_model_len, block_size) * num_groups
     most = 1 + largest * spec.limits.max_num_seqs  # more could never be used
-    num_blocks = min(budget // bytes_per_block, most, spec.cache.max_blocks or most)
+    room = budget // bytes_per_block if bytes_per_block else most  # a stage may have no attention layer
+    num_blocks = min(room, most, spec.cache.max_blocks or most)
     least = 1 + num_groups
     if num_blocks < least:
         raise CapacityError(
             f"the KV cache needs at least {format_bytes(least * bytes_per_block)} ({least} blocks of "
             f"{format_bytes(bytes_per_block)}), available are {format_bytes(budget)}; raise cache.memory"
         )
-    if num_blocks - 1 < largest:
-        longest = (num_blocks - 1) // num_groups * block_size
-        logger.warning(
-            "the KV cache holds %d tokens, less than max_model_len = %d: a longer request ends with a kv_capacity "
-            "error; raise cache.memory (now %s) or lower max_model_len",
-            longest,
-            spec.max_model_len,
-            format_bytes(budget),
-        )
     return KVCacheConfig(
         block_size=block_size, num_blocks=num_blocks, groups=attention.groups, bytes_per_block=bytes_per_block
     )
+
+
+def warn_if_short(spec: ResolvedSpec, kv: KVCacheConfig) -> None:
+    """Say it if the cache cannot hold one request of the greatest length."""
+    num_groups = max(1, len(kv.groups))
+    largest = blocks_for(spec.max_model_len, kv.block_size) * num_groups
+    if kv.num_blocks - 1 < largest:
+        logger.warning(
+            "the KV cache holds %d tokens, less than max_model_len = %d: a longer request ends with a kv_capacity "
+            "error; raise cache.memory (now %s) or lower max_model_len",
+            (kv.num_blocks - 1) // num_groups * kv.block_size,
+            spec.max_model_len,
+            format_bytes(kv.num_blocks * kv.bytes_per_block),
+        )
 
 
 def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
@@ -214,6 +251,7 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
     weights, how = plan_weights(model_class, spec, kernels, spec.open_checkpoint())
     free = free_memory(spec.device)
     kv = size_cache(spec, attention, max(0, free - weights))
+    warn_if_short(spec, kv)
     return MemoryPlan(
         weights_bytes=weights,
         kv_bytes=kv.num_blocks * kv.bytes_per_block,
@@ -224,21 +262,39 @@ def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
 
 
 def plan_weights(
-    model_class: type[Model], spec: ResolvedSpec, kernels: ResolvedKernels, checkpoint: Checkpoint
+    model_class: type[Model],
+    spec: ResolvedSpec,
+    kernels: ResolvedKernels,
+    checkpoint: Checkpoint,
+    parallel: Parallel | None = None,
 ) -> tuple[int, Selection]:
-    """(bytes of the weights as they are kept, how that is), from the checkpoint's table and a model without storage."""
-    context = build_context(spec, kernels, "meta")
-    with spec.architecture.blamed():
-        num_parameters = model_class(spec.model_config, context).num_parameters
+    """(bytes of the weights as this rank keeps them, how that is), from the checkpoint's table and a model without
+    storage. Of several ranks, each is reckoned to hold its share of every block format alike."""
     stored = checkpoint.stored() or {}
-    blocks = {name: part for name, part in stored.items() if part.in_blocks}
+    num_parameters = whole = _count_parameters(model_class, spec, kernels, stored, Parallel())
+    if parallel is not None and parallel.size * parallel.num_stages > 1:
+        num_parameters = _count_parameters(model_class, spec, kernels, stored, parallel)
+    part = num_parameters / max(1, whole)
+    blocks = {name: held for name, held in stored.items() if held.in_blocks}
     itemsize = 1 if spec.weights == "int8" else getattr(torch, kernels.spec.weight_dtype).itemsize
     name = "int8" if spec.weights == "int8" else kernels.spec.weight_dtype
     if not (blocks and kernels.keeps_blocks and model_class.takes_blocks):
         size = num_parameters * itemsize
         origin = f", decoded from {', '.join(sorted(blocks))}" if blocks else ""
         return size, Selection("weights", name, f"{format_bytes(size)}{origin}")
-    kept = {part_name: part.nbytes for part_name, part in blocks.items()}
-    kept[name] = max(0, num_parameters - sum(part.values for part in blocks.values())) * itemsize
+    kept = {block_name: int(held.nbytes * part) for block_name, held in blocks.items()}
+    kept[name] = int(max(0, whole - sum(held.values for held in blocks.values())) * part) * itemsize
     parts = ", ".join(f"{part_name} {format_bytes(size)}" for part_name, size in kept.items() if size)
     return sum(kept.values()), Selection("weights", "as shipped", parts)
+
+
+def _count_parameters(
+    model_class: type[Model],
+    spec: ResolvedSpec,
+    kernels: ResolvedKernels,
+    stored: Mapping[str, Stored],
+    parallel: Parallel,
+) -> int:
+    context = build_context(spec, kernels, "meta", parallel, stored)
+    with spec.architecture.blamed():
+        return model_class(spec.model_config, context).num_parameters

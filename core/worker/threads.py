@@ -27,6 +27,13 @@ def plan_threads(threads: int) -> ThreadPlan:
     return default_threads(_allowed(), cpu_quota())
 
 
+def bind(cores: tuple[int, ...]) -> None:
+    """Keep this process to some processors; empty: leave it as it is. Threads that there are already are not moved, so
+    this comes before torch makes its own."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
 def default_threads(allowed: set[int], quota: float | None, topology: Path = _TOPOLOGY) -> ThreadPlan:
     """One thread per core among the `allowed` processors, at most the CPU quota.
 

@@ -2,85 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from interlace.clock import Clock, MonotonicClock
 from interlace.interfaces.checkpoint import Checkpoint
 from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo, Selection
-from interlace.interfaces.model import LayerCache, Model
+from interlace.interfaces.kernels import StepProgram
+from interlace.interfaces.model import LayerCache, Model, Parallel
 from interlace.interfaces.weights import BlockWeight, decode_all
 from interlace.kv.specs import KVCacheConfig
-from interlace.messages import StepPlan, StepResult
+from interlace.messages import SampledTokens, StepPlan, StepResult
 from interlace.sampling.sampler import Sampler
 from interlace.spec import ResolvedSpec
 from interlace.worker.memory import free_memory
 from interlace.worker.model_runner import ModelRunner
 from interlace.worker.persistent_batch import PersistentBatch
-from interlace.worker.sizing import AttentionPlan, build_context, plan_attention, plan_kernels, plan_weights, size_cache
-from interlace.worker.threads import plan_threads
+from interlace.worker.place import Place
+from interlace.worker.sizing import (
+    AttentionPlan,
+    ResolvedKernels,
+    build_context,
+    check_pipeline,
+    plan_attention,
+    plan_kernels,
+    plan_weights,
+    size_cache,
+    warn_if_short,
+)
+from interlace.worker.threads import bind, plan_threads
 
 OnEvent = Callable[[ExecutorEvent], None]
 
 
-class Worker:
-    """One rank on one device. `start` once, then `execute` in order, from one thread."""
+class _Choices(NamedTuple):
+    """What `Worker.prepare` settled."""
 
-    def __init__(self, spec: ResolvedSpec, on_event: OnEvent, clock: Clock | None = None) -> None:
-        self._spec = spec
+    model_class: type[Model]
+    attention: AttentionPlan
+    kernels: ResolvedKernels
+    checkpoint: Checkpoint
+    kv: KVCacheConfig
+    selections: tuple[Selection, ...]
+    began: float
+    imported: float
+
+
+class Worker:
+    """One rank on one device. `start` once, then `execute` in order, from one thread.
+
+    An executor of several ranks makes each with its `place` and `parallel`, and agrees on the number of KV blocks:
+    `prepare` all of them, take the least of what they return, then `start` all with it. All ranks are given every plan,
+    and `sampled` with it (`interlace.worker.feedback`); the result of the rank that samples is the step's.
+    """
+
+    def __init__(
+        self,
+        spec: ResolvedSpec,
+        on_event: OnEvent,
+        clock: Clock | None = None,
+        place: Place | None = None,
+        parallel: Parallel | None = None,
+    ) -> None:
+        """`place` and `parallel` say the same of this rank; by default it is the only one."""
+        self.place = place or Place()
+        self._parallel = parallel or Parallel()
+        self._spec = msgspec.structs.replace(spec, device=self.place.device) if self.place.device else spec
         self._on_event = on_event
         self._clock = clock or MonotonicClock()
+        self._choices: _Choices | None = None
         self._runner: ModelRunner | None = None
 
-    def start(self, began: float | None = None) -> ExecutorInfo:
-        """Choose, load, allocate. Raises with the true cause.
+    def prepare(self, began: float | None = None) -> int:
+        """Choose everything, load nothing: the most KV blocks this rank has room for. Raises with the true cause.
 
+        Ranks that share memory are to prepare before any of them starts: each counts on its part of what is free now.
         `began` is when the executor started to import this module: torch takes a second that nothing else counts."""
-        spec, now = self._spec, self._clock.now
-        began = now() if began is None else began
-        threads = plan_threads(spec.threads)
+        spec = self._spec
+        began = self._clock.now() if began is None else began
+        bind(self.place.cores)
+        threads = plan_threads(self.place.threads or spec.threads)
         torch.set_num_threads(threads.count)  # also what native kernels take
         model_class: type[Model] = spec.architecture.load()
-        attention = plan_attention(spec, model_class)
+        check_pipeline(spec, model_class, self._parallel)
+        attention = plan_attention(spec, model_class, self._parallel)
         kernels, kernel_selections = plan_kernels(spec)
         # Sized before loading, so that an impossible cache is an error in a second and not after the weights.
         checkpoint = spec.open_checkpoint()
-        needed, how_kept = plan_weights(model_class, spec, kernels, checkpoint)
-        kv = size_cache(spec, attention, max(0, free_memory(spec.device) - needed))
-        imported = now()
-        context = build_context(spec, kernels, spec.device)
-        with spec.architecture.blamed():
-            model = model_class(spec.model_config, context)
-        weights = self._with_progress(checkpoint)
-        model.load_weights(weights if model_class.takes_blocks else decode_all(weights))
-        loaded = now()
-        layers = self._allocate(kv, attention)
-        device = torch.device(spec.device)
-        batch = PersistentBatch(spec.limits.max_num_seqs, spec.max_model_len, kv, device)
-        sampler = Sampler(spec.model_config.vocab_size, self._load_processors(), now, kernels.argmax, kernels.draw)
-        program = kernels.compile_step(model, layers, spec.limits.max_num_batched_tokens, spec.limits.max_num_seqs)
-        if isinstance(program, str):
-            step = Selection("step", "op by op", program)
-            self._runner = ModelRunner(model, layers, batch, sampler, now)
-        else:
-            step = Selection("step", "program", program.describe())
-            self._runner = ModelRunner(model, layers, batch, sampler, now, program)
-            # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
-            torch.set_num_threads(1)
+        needed, how_kept = plan_weights(model_class, spec, kernels, checkpoint, self._parallel)
+        free = free_memory(spec.device) // self.place.sharers
+        kv = size_cache(spec, attention, max(0, free - needed))
         running = Selection("threads", str(threads.count), threads.reason)
+        selections = (*attention.selections, *kernel_selections, how_kept, running)
+        imported = self._clock.now()
+        self._choices = _Choices(model_class, attention, kernels, checkpoint, kv, selections, began, imported)
+        return kv.num_blocks
+
+    def start(self, began: float | None = None, num_blocks: int | None = None) -> ExecutorInfo:
+        """Load and allocate, with `num_blocks` KV blocks (default: as many as `prepare` found); `prepare` comes first
+        by itself. Raises with the true cause.
+
+        With several ranks the weights are loaded without exchanging anything: a rank that fails here fails alone, and
+        its executor ends the others. The `bytes_per_block` of the answer are this rank's."""
+        if self._choices is None:
+            self.prepare(began)
+        chosen, self._choices = self._choices, None
+        assert chosen is not None
+        spec = self._spec
+        kv = chosen.kv if num_blocks is None else msgspec.structs.replace(chosen.kv, num_blocks=num_blocks)
+        stored = chosen.checkpoint.stored()
+        context = build_context(spec, chosen.kernels, spec.device, self._parallel, stored)
+        with spec.architecture.blamed():
+            model = chosen.model_class(spec.model_config, context)
+        weights = self._with_progress(chosen.checkpoint)
+        model.load_weights(weights if chosen.model_class.takes_blocks else decode_all(weights))
+        loaded = self._clock.now()
+        warn_if_short(spec, kv)
+        layers = self._allocate(kv, chosen.attention)
+        self._runner, how_run = self._make_runner(model, layers, kv, chosen)
+        stages = self.place.num_stages
         return ExecutorInfo(
             kv=kv,
-            selections=(*attention.selections, *kernel_selections, how_kept, step, running),
-            timings={"import": imported - began, "weights": loaded - imported, "cache": now() - loaded},
+            max_in_flight=stages,
+            feeds_tokens=self.place.world == 1,
+            selections=(*chosen.selections, how_run),
+            timings={
+                "import": chosen.imported - chosen.began,
+                "weights": loaded - chosen.imported,
+                "cache": self._clock.now() - loaded,
+            },
         )
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; see `ModelRunner.execute`."""
+    def execute(self, plan: StepPlan, sampled: Sequence[SampledTokens] = ()) -> StepResult:
+        """Run one step; see `ModelRunner.execute`. `sampled`: what was sampled since the previous plan was handed out;
+        taken in before the plan, and passed over by the rank that sampled it. Only a rank with `place.samples` returns
+        a result that says anything."""
         if self._runner is None:
             raise RuntimeError("the worker was not started, or was shut down")
-        return self._runner.execute(plan)
+        return self._runner.execute(plan, sampled)
 
     def profile(self, plan: StepPlan) -> dict[str, float]:
         """Run one step in parts; see `ModelRunner.profile`."""
@@ -92,18 +154,42 @@ class Worker:
         """Drop model and cache."""
         self._runner = None
 
-    def _allocate(self, kv: KVCacheConfig, attention: AttentionPlan) -> list[LayerCache]:
-        """One cache tensor per place in a group; layers of different groups share tensors, never blocks."""
+    def _make_runner(
+        self, model: Model, layers: dict[int, LayerCache], kv: KVCacheConfig, chosen: _Choices
+    ) -> tuple[ModelRunner, Selection]:
+        """What runs the steps, and how and why so."""
+        spec, now, limits, kernels = self._spec, self._clock.now, self._spec.limits, chosen.kernels
+        vocab_size, backends = spec.model_config.vocab_size, chosen.attention.backends
+        batch = PersistentBatch(limits.max_num_seqs, spec.max_model_len, kv, torch.device(spec.device))
+        sampler: Sampler | None = None
+        if self.place.samples:
+            sampler = Sampler(vocab_size, self._load_processors(), now, kernels.argmax, kernels.draw)
+        program: StepProgram | str = "a step program cannot exchange anything with other ranks"
+        if self.place.world == 1:
+            tokens, rows = limits.max_num_batched_tokens, limits.max_num_seqs
+            program = kernels.compile_step(model, list(layers.values()), tokens, rows)
+        if isinstance(program, str):
+            runner = ModelRunner(model, layers, backends, batch, sampler, now, parallel=self._parallel)
+            return runner, Selection("step", "op by op", program)
+        # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
+        torch.set_num_threads(1)
+        runner = ModelRunner(model, layers, backends, batch, sampler, now, program)
+        return runner, Selection("step", "program", program.describe())
+
+    def _allocate(self, kv: KVCacheConfig, attention: AttentionPlan) -> dict[int, LayerCache]:
+        """Attention layer of this stage → where it keeps its data. One cache tensor per place in a group; layers of
+        different groups share tensors, never blocks."""
         caches: list[torch.Tensor] = []
-        for index in range(kv.num_tensors):
-            backend = next(b for b, g in zip(attention.backends, kv.groups, strict=True) if index < len(g.layers))
-            layout = backend.cache_layout(kv.num_blocks)
-            caches.append(torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=self._spec.device))
         layers: dict[int, LayerCache] = {}
-        for number, (backend, group) in enumerate(zip(attention.backends, kv.groups, strict=True)):
-            for index, layer in enumerate(group.layers):
+        groups = zip(attention.backends, attention.layers_here, strict=True)
+        for number, (backend, here) in enumerate(groups):
+            for index, layer in enumerate(here):
+                if index == len(caches):
+                    layout = backend.cache_layout(kv.num_blocks)
+                    dtype = getattr(torch, layout.dtype)
+                    caches.append(torch.empty(layout.shape, dtype=dtype, device=self._spec.device))
                 layers[layer] = LayerCache(backend, caches[index], number)
-        return [layers[layer] for layer in sorted(layers)]
+        return dict(sorted(layers.items()))
 
     def _with_progress(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor | BlockWeight]]:
         total = checkpoint.num_weights()

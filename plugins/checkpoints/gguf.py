@@ -82,8 +82,9 @@ class GgufCheckpoint(Checkpoint):
             for name, info in shard.tensors.items():
                 if name not in IGNORED_TENSORS:
                     kind = info.type_name
-                    values, nbytes, _ = found.get(kind, Stored(0, 0))
-                    found[kind] = Stored(values + math.prod(info.shape), nbytes + info.nbytes, kind in FORMATS)
+                    values, nbytes, *_ = found.get(kind, Stored(0, 0))
+                    total = values + math.prod(info.shape), nbytes + info.nbytes
+                    found[kind] = Stored(*total, True, FORMATS[kind][0]) if kind in FORMATS else Stored(*total)
         return found
 
     def num_weights(self) -> int:
@@ -126,9 +127,8 @@ def _to_weight(rows: torch.Tensor, info: TensorInfo, family: Family) -> torch.Te
     from interlace.interfaces.weights import BlockWeight
 
     if info.type_name in FORMATS:
-        blocks = BlockWeight(
-            info.type_name, (rows.shape[0], info.shape[-1]), rows, functools.partial(decode, info.type_name)
-        )
+        shape, decode_rows = (rows.shape[0], info.shape[-1]), functools.partial(decode, info.type_name)
+        blocks = BlockWeight(info.type_name, shape, rows, decode_rows, FORMATS[info.type_name][0])
         if len(info.shape) == 2:
             return blocks
         tensor = blocks.dequantize().reshape(info.shape)

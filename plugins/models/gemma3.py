@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,20 +85,22 @@ class Gemma3ForCausalLM(CausalLM):
         self._logit_softcap = float(config.raw.get("final_logit_softcapping") or 0.0)
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
+    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1, rank: int = 0) -> list[AttentionSpec]:
         raw = config.raw
         scale = float(raw.get("query_pre_attn_scalar") or config.head_size) ** -0.5
         softcap = float(raw.get("attn_logit_softcapping") or 0.0)
-        return attention_specs(config, tensor_parallel, scale=scale, softcap=softcap)
+        return attention_specs(config, tensor_parallel, rank, scale=scale, softcap=softcap)
 
-    def build_layers(self, build: BuildContext, weights: WeightTable, specs: list[AttentionSpec]) -> list[DecoderLayer]:
+    def build_layers(
+        self, build: BuildContext, weights: WeightTable, specs: Mapping[int, AttentionSpec]
+    ) -> list[DecoderLayer]:
         config = self.config
         size, length = config.head_size, config.max_position_embeddings
         wide = RotaryEmbedding(build, config.rope, size, length)
         local = RotaryEmbedding(build, config.local_rope or _LOCAL_ROPE, size, length)
         return [
             Gemma3Layer(build, weights.at(str(layer)), config, spec, layer, local if spec.window else wide)
-            for layer, spec in enumerate(specs)
+            for layer, spec in specs.items()
         ]
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from interlace.interfaces.attention import AttentionSpec
 from interlace.interfaces.model import BuildContext
 from interlace.layers.attention import attention_specs
@@ -15,10 +17,12 @@ class LlamaForCausalLM(CausalLM):
     """Pre-norm layers; biases only where the config says so."""
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
-        return attention_specs(config, tensor_parallel)
+    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1, rank: int = 0) -> list[AttentionSpec]:
+        return attention_specs(config, tensor_parallel, rank)
 
-    def build_layers(self, build: BuildContext, weights: WeightTable, specs: list[AttentionSpec]) -> list[DecoderLayer]:
+    def build_layers(
+        self, build: BuildContext, weights: WeightTable, specs: Mapping[int, AttentionSpec]
+    ) -> list[DecoderLayer]:
         config = self.config
         rotary = RotaryEmbedding(build, config.rope, config.head_size, config.max_position_embeddings)
         attention_bias = bool(config.raw.get("attention_bias"))
@@ -35,7 +39,7 @@ class LlamaForCausalLM(CausalLM):
                 out_bias=attention_bias,
                 mlp_bias=mlp_bias,
             )
-            for layer, spec in enumerate(specs)
+            for layer, spec in specs.items()
         ]
 
 

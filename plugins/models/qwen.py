@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from interlace.interfaces.attention import AttentionSpec
 from interlace.interfaces.model import BuildContext
 from interlace.layers.attention import attention_specs
@@ -17,10 +19,12 @@ class Qwen2ForCausalLM(CausalLM):
     qk_norm = False
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
-        return attention_specs(config, tensor_parallel)
+    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1, rank: int = 0) -> list[AttentionSpec]:
+        return attention_specs(config, tensor_parallel, rank)
 
-    def build_layers(self, build: BuildContext, weights: WeightTable, specs: list[AttentionSpec]) -> list[DecoderLayer]:
+    def build_layers(
+        self, build: BuildContext, weights: WeightTable, specs: Mapping[int, AttentionSpec]
+    ) -> list[DecoderLayer]:
         config = self.config
         rotary = RotaryEmbedding(build, config.rope, config.head_size, config.max_position_embeddings)
         qkv_bias, out_bias = self.attention_biases(config)
@@ -36,7 +40,7 @@ class Qwen2ForCausalLM(CausalLM):
                 out_bias=out_bias,
                 qk_norm=self.qk_norm,
             )
-            for layer, spec in enumerate(specs)
+            for layer, spec in specs.items()
         ]
 
     def attention_biases(self, config: ModelConfig) -> tuple[bool, bool]:

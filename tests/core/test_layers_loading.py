@@ -80,11 +80,40 @@ def test_complete_checkpoint_loads_and_two_owners_are_refused():
 def test_heads_are_dealt_out_and_kv_heads_shared():
     assert [share_heads(8, 4, rank, 2) for rank in range(2)] == [HeadShare(4, 0, 2, 0), HeadShare(4, 4, 2, 2)]
     assert [share_heads(8, 2, rank, 4).first_kv for rank in range(4)] == [0, 0, 1, 1]
-    with pytest.raises(ConfigError, match="tensor_parallel = 3 does not divide the number of attention heads = 8"):
-        share_heads(8, 4, 0, 3)
-    with pytest.raises(ConfigError, match="KV heads"):
-        share_heads(12, 3, 0, 4)
+    # SmolLM2: KV heads go with their three query heads.
+    assert [share_heads(9, 3, rank, 2) for rank in range(2)] == [HeadShare(6, 0, 2, 0), HeadShare(3, 6, 1, 2)]
+    four = [HeadShare(2, 0, 1, 0), HeadShare(1, 2, 1, 0), HeadShare(3, 3, 1, 1), HeadShare(3, 6, 1, 2)]
+    assert [share_heads(9, 3, rank, 4) for rank in range(4)] == four
+    with pytest.raises(ConfigError, match=r"executor\.tensor_parallel = 10 is more than .* 9 attention heads; use 9"):
+        share_heads(9, 3, 0, 10)
+    with pytest.raises(ConfigError, match="9 attention heads do not divide into 4 KV heads"):
+        share_heads(9, 4, 0, 2)
+
+
+@pytest.mark.parametrize("kv_heads", range(1, 9))
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+def test_every_head_has_one_place_beside_its_kv_head(kv_heads, group):
+    for size in range(1, kv_heads * group + 1):
+        shares = [share_heads(kv_heads * group, kv_heads, rank, size) for rank in range(size)]
+        queries = [head for held in shares for head in range(held.first_query, held.first_query + held.query)]
+        assert queries == list(range(kv_heads * group))
+        for held in shares:
+            assert held.query == held.kv * group if size <= kv_heads else held.kv == 1 and held.query >= 1
+            first, last = held.first_query // group, (held.first_query + held.query - 1) // group
+            assert (first, last) == (held.first_kv, held.first_kv + held.kv - 1)
+        assert max(held.kv for held in shares) - min(held.kv for held in shares) <= 1
+
+
+def test_rows_and_columns_are_cut_between_blocks():
     assert share(12, 2, 3, "x") == slice(8, 12)
+    assert [share(1536, rank, 4, "x", 32) for rank in (0, 3)] == [slice(0, 384), slice(1152, 1536)]
+    parts = [share(1536, rank, 4, "x", 256) for rank in range(4)]
+    assert parts == [slice(0, 512), slice(512, 1024), slice(1024, 1280), slice(1280, 1536)]
+    assert [share(100, rank, 3, "x") for rank in range(3)] == [slice(0, 36), slice(36, 68), slice(68, 100)]
+    assert [share(512, rank, 4, "x", 256).stop for rank in range(4)] == [128, 256, 384, 512], "fewer blocks than ranks"
+    assert [share(3, rank, 3, "x", 256) for rank in range(3)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    with pytest.raises(ConfigError, match=r"executor\.tensor_parallel = 4 is more than the outputs of up = 3; use 3"):
+        share(3, 0, 4, "the outputs of up")
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -122,7 +151,12 @@ def test_qkv_ranks_hold_their_heads():
     }
     x = torch.randn(3, hidden)
     query, key, value = (x @ weights[f"{name}_proj.weight"].T for name in "qkv")
-    for rank, layer in enumerate(per_rank(4, weights, lambda b, t: QKVLinear(b, t, hidden, 8, 2, size))):
+
+    def make(build: BuildContext, table: WeightTable) -> Any:
+        heads = share_heads(8, 2, build.parallel.rank, build.parallel.size)
+        return QKVLinear(build, table, hidden, 8, 2, size, heads)
+
+    for rank, layer in enumerate(per_rank(4, weights, make)):
         got = layer(x).split([2 * size, size, size], dim=-1)
         kv = slice(rank // 2 * size, (rank // 2 + 1) * size)
         assert torch.allclose(got[0], query[:, rank * 2 * size : (rank + 1) * 2 * size], atol=1e-5)

@@ -141,7 +141,7 @@ class EchoForCausalLM(Model):
         )
 
     @classmethod
-    def attention_specs(cls, config, tensor_parallel=1):
+    def attention_specs(cls, config, tensor_parallel=1, rank=0):
         return [AttentionSpec(config.num_heads, config.num_kv_heads, config.head_size)]
 
     @property
@@ -190,32 +190,33 @@ class IgnoresPositions(LlamaForCausalLM):
 
 class OtherScale(LlamaForCausalLM):
     @classmethod
-    def attention_specs(cls, config, tensor_parallel=1):
+    def attention_specs(cls, config, tensor_parallel=1, rank=0):
         return [
             AttentionSpec(spec.num_heads, spec.num_kv_heads, spec.head_size, scale=0.36)
-            for spec in super().attention_specs(config, tensor_parallel)
+            for spec in super().attention_specs(config, tensor_parallel, rank)
         ]
 
 
 class OneSpecTooMany(LlamaForCausalLM):
     @classmethod
-    def attention_specs(cls, config, tensor_parallel=1):
-        specs = super().attention_specs(config, tensor_parallel)
+    def attention_specs(cls, config, tensor_parallel=1, rank=0):
+        specs = super().attention_specs(config, tensor_parallel, rank)
         return [*specs, specs[0]]
 
     def build_layers(self, build, weights, specs):
-        return super().build_layers(build, weights, specs[:-1])
+        return super().build_layers(build, weights, dict(list(specs.items())[:-1]))
 
 
 class WholeSpecs(LlamaForCausalLM):
     """Declares to each rank what one alone would have."""
 
     @classmethod
-    def attention_specs(cls, config, tensor_parallel=1):
+    def attention_specs(cls, config, tensor_parallel=1, rank=0):
         return super().attention_specs(config, 1)
 
     def build_layers(self, build, weights, specs):
-        return super().build_layers(build, weights, super().attention_specs(self.config, build.parallel.size))
+        right = super().attention_specs(self.config, build.parallel.size, build.parallel.rank)
+        return super().build_layers(build, weights, dict(enumerate(right)))
 
 
 class Reduces(Parallel):

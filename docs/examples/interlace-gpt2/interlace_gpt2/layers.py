@@ -9,7 +9,6 @@ import torch
 from interlace.errors import CheckpointError
 from interlace.interfaces.model import BuildContext
 from interlace.layers.linear import ColumnParallelLinear, Linear, LinearPart, RowParallelLinear
-from interlace.layers.parallel import share_heads
 from interlace.layers.weights import WeightTable
 from torch.nn.functional import gelu, layer_norm
 
@@ -28,20 +27,24 @@ class Conv1DTable(WeightTable):
         return Conv1DTable(self._weights.at(name))
 
     def expect(
-        self, name: str, shape: tuple[int, ...], place: Callable[[torch.Tensor], object], *, blocks: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        place: Callable[[torch.Tensor], object],
+        *,
+        blocks: bool = False,
+        held: int | None = None,
     ) -> None:
         # Blocks lie along the rows and cannot be transposed: whatever the layer takes, it gets values.
-        self._weights.expect(name, shape[::-1], lambda tensor: place(tensor.t()))
+        self._weights.expect(name, shape[::-1], lambda tensor: place(tensor.t()), held=held)
 
 
 class FusedQKV(Linear):
     """Query, key and value projection out of one tensor: hidden -> this rank's query, key and value heads."""
 
-    def __init__(self, build: BuildContext, weights: WeightTable, name: str, num_heads: int, head_size: int) -> None:
-        size = num_heads * head_size
-        mine = share_heads(num_heads, num_heads, build.parallel.rank, build.parallel.size)
-        first, end = mine.first_query * head_size, (mine.first_query + mine.query) * head_size
-        rows = [part * size + row for part in range(3) for row in range(first, end)]
+    def __init__(self, build: BuildContext, weights: WeightTable, name: str, size: int, mine: slice) -> None:
+        """`size`: outputs of each of the three; `mine`: those of them that are this rank's."""
+        rows = [part * size + row for part in range(3) for row in range(mine.start, mine.stop)]
         super().__init__(build, weights, [LinearPart(name, (3 * size, size), rows)], bias=True)
 
 

@@ -11,6 +11,7 @@ from interlace.interfaces.model import BuildContext, ForwardContext, Model, Mode
 from interlace.layers.attention import attention_specs
 from interlace.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from interlace.layers.linear import RowParallelLinear
+from interlace.layers.parallel import share_heads
 from interlace.layers.weights import WeightTable
 from interlace.model_config import ModelConfig
 
@@ -28,8 +29,11 @@ class Block:
         self._layer = layer
         self._heads = (-1, 3 * spec.num_heads, config.head_size)
         self._norm1 = LayerNorm(build, weights.at("ln_1"), size, eps)
-        self._qkv = FusedQKV(build, attention, "c_attn", config.num_heads, config.head_size)
-        self._out = RowParallelLinear(build, attention, "c_proj", size, size, bias=True)
+        parallel = build.parallel
+        heads = share_heads(config.num_heads, config.num_heads, parallel.rank, parallel.size)
+        mine = heads.query_part(config.head_size)
+        self._qkv = FusedQKV(build, attention, "c_attn", size, mine)
+        self._out = RowParallelLinear(build, attention, "c_proj", size, size, bias=True, columns=mine)
         self._norm2 = LayerNorm(build, weights.at("ln_2"), size, eps)
         activation = config.raw.get("activation_function", "gelu_new")
         self._mlp = MLP(build, Conv1DTable(weights.at("mlp")), size, config.intermediate_size, activation)
@@ -56,17 +60,16 @@ class GPT2LMHeadModel(Model):
         self._positions = VocabParallelEmbedding(build, body.at("wpe"), config.max_position_embeddings, size)
         self._blocks = [
             Block(build, body.at(f"h.{layer}"), config, spec, layer)
-            for layer, spec in enumerate(self.attention_specs(config, build.parallel.size))
+            for layer, spec in enumerate(self.attention_specs(config, build.parallel.size, build.parallel.rank))
         ]
         self._norm = LayerNorm(build, body.at("ln_f"), size, config.norm_eps)
         tied = self._tokens if config.tie_word_embeddings else None
         self._head = VocabParallelHead(build, weights.at("lm_head"), vocab, size, tied)
 
     @classmethod
-    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1) -> list[AttentionSpec]:
-        return attention_specs(
-            config, tensor_parallel, scale=0.0 if config.raw.get("scale_attn_weights", True) else 1.0
-        )
+    def attention_specs(cls, config: ModelConfig, tensor_parallel: int = 1, rank: int = 0) -> list[AttentionSpec]:
+        scale = 0.0 if config.raw.get("scale_attn_weights", True) else 1.0
+        return attention_specs(config, tensor_parallel, rank, scale=scale)
 
     @property
     def num_parameters(self) -> int:
