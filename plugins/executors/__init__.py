@@ -9,12 +9,18 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_executors() -> Iterable[Provider]:
-    """`uniprocess`."""
+    """`uniprocess`, `multiprocess`."""
     return (
         Provider(
             name="uniprocess",
             target="interlace.plugins.executors.uniprocess:UniprocessExecutor",
             summary="one worker inside the engine's process",
+            api="1",
+        ),
+        Provider(
+            name="multiprocess",
+            target="interlace.plugins.executors.multiprocess:MultiprocessExecutor",
+            summary="a process per rank: tensor and pipeline parallelism on one machine",
             api="1",
         ),
     )

@@ -7,6 +7,8 @@ process: two engines can live in one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +17,12 @@ import torch
 import torch.distributed
 
 from interlace.interfaces.model import Parallel
+from interlace.plugins.executors.ranks.meeting import PeerLostError, Rendezvous
 
 if TYPE_CHECKING:
     from interlace.worker.place import Place
 
 dist: Any = torch.distributed  # its type stubs leave out stores and groups
-
-
-class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
-    """Where ranks find each other."""
-
-    file: str = ""
-    """A file that all ranks can open and lock: ranks of one machine."""
-    address: str = ""
-    """`host:port` of a TCP store that is served by somebody else: ranks of several machines."""
-    interface: str = ""
-    """Network interface that gloo connects over; empty: the one that the host's name belongs to."""
-    timeout_s: float = 600.0
-    """How long to wait for the others."""
 
 
 class Traffic(msgspec.Struct):
@@ -52,8 +42,9 @@ def connect(place: Place, device: str, meeting: Rendezvous, *, deterministic: bo
     if place.world == 1:
         return Parallel()
     timeout = timedelta(seconds=meeting.timeout_s)
-    store = _open_store(meeting, place.world, timeout)
-    return TorchParallel(place, device, store, meeting, timeout, deterministic=deterministic)
+    with _exchange("connecting"):
+        store = _open_store(meeting, place.world, timeout)
+        return TorchParallel(place, device, store, meeting, timeout, deterministic=deterministic)
 
 
 class TorchParallel(Parallel):
@@ -94,9 +85,10 @@ class TorchParallel(Parallel):
             parts = self._gather(x)
             total = parts[0]
             for part in parts[1:]:
-                total = total + part
+                total += part
             return total
-        self._peers.allreduce([x]).wait()
+        with _exchange("all_reduce"):
+            self._peers.allreduce([x]).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,26 +98,38 @@ class TorchParallel(Parallel):
         self.traffic.count("all_gather", x.nbytes)
         return torch.cat(self._gather(x), dim=-1)
 
-    def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._peers.allgather([parts], [x]).wait()
-        return parts
-
     def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         if self.is_last_stage:
             super().send(hidden, residual)
         both = torch.stack((hidden, residual))  # [2, tokens, hidden]
         self.traffic.count("send", both.nbytes)
-        while len(self._sends) >= self.num_stages:  # as many steps are under way: the oldest was taken long ago
-            self._sends.popleft()[0].wait()
-        self._sends.append((self._stages.send([both], self.stage + 1, 0), both))
+        with _exchange("send"):
+            while len(self._sends) >= self.num_stages:  # as many steps are under way: the oldest was taken long ago
+                self._sends.popleft()[0].wait()
+            self._sends.append((self._stages.send([both], self.stage + 1, 0), both))
 
     def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_first_stage:
             super().receive(num_tokens, hidden_size, dtype)
         both = torch.empty((2, num_tokens, hidden_size), dtype=dtype, device=self._device)
-        self._stages.recv([both], self.stage - 1, 0).wait()
+        with _exchange("receive"):
+            self._stages.recv([both], self.stage - 1, 0).wait()
         return both[0], both[1]
+
+    def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with _exchange("all_gather"):
+            self._peers.allgather([parts], [x]).wait()
+        return parts
+
+
+@contextmanager
+def _exchange(kind: str) -> Iterator[None]:
+    """Whatever goes wrong between ranks is a `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"{kind} with the other ranks failed: {error}") from error
 
 
 def _open_store(meeting: Rendezvous, world: int, timeout: timedelta) -> Any:

@@ -15,8 +15,16 @@ from interlace.messages import StepPlan, StepResult
 from interlace.plugins.executors.ranks import wire
 from interlace.worker.feedback import Feedback
 
-
 Answer = wire.Prepared | wire.Started | wire.Controlled
+
+
+class Trouble(NamedTuple):
+    """Something after which the ranks cannot go on."""
+
+    rank: int
+    error: Exception
+    secondary: bool
+    """Whether it says no more than that another rank is gone."""
 
 
 class _Submitted(NamedTuple):
@@ -32,6 +40,10 @@ class StepLedger:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
+        self.started = False
+        """Whether steps may come; set by the executor."""
+        self.progress = 0
+        """Grows with every step and question that has ended."""
         self._lock = threading.Lock()
         self._steps: deque[_Submitted] = deque()
         self._feedback = Feedback()
@@ -45,10 +57,9 @@ class StepLedger:
         return self._failure
 
     @property
-    def oldest(self) -> int | None:
-        """Id of the step that is to be answered next, None where none is under way."""
-        with self._lock:
-            return self._steps[0].plan.step_id if self._steps else None
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._steps) or self._question is not None
 
     def submit(self, plan: StepPlan) -> tuple[Future[StepResult], bytes]:
         """A step is to be run: its future, and the message for all ranks. Raises the failure if there was one."""
@@ -68,19 +79,19 @@ class StepLedger:
             self._question = future
         return future, wire.encode(message)
 
-    def answer(self, rank: int, said: wire.FromRank) -> BaseException | None:
-        """Take in what a rank said. Returns the error if it is one after which the ranks cannot go on; the caller then
-        calls `fail` with it, or with a better one. Events and log lines are not for the ledger."""
+    def answer(self, rank: int, said: wire.FromRank) -> Trouble | None:
+        """Take in what a rank said. Where it is trouble, the caller finds out what is behind it and calls `fail`.
+        Events and log lines are not for the ledger."""
         match said:
             case wire.Stepped(result=result):
                 self._stepped(result)
-            case wire.StepFailed(step_id=step_id, error=error):
+            case wire.StepFailed(step_id=step_id, error=error, secondary=secondary):
                 rebuilt = error.rebuild()
                 if self.num_ranks > 1:
-                    return rebuilt
+                    return Trouble(rank, rebuilt, secondary)
                 self._step_failed(step_id, rebuilt)
-            case wire.Failed(error=error):
-                return error.rebuild()
+            case wire.Failed(error=error, secondary=secondary):
+                return Trouble(rank, error.rebuild(), secondary)
             case wire.Prepared() | wire.Started() | wire.Controlled():
                 self._answered(rank, said)
             case _:
@@ -111,6 +122,7 @@ class StepLedger:
             if not self._steps or self._steps[0].plan.step_id != result.step_id:
                 return  # of a step that failed with an earlier one
             plan, future = self._steps.popleft()
+            self.progress += 1
             if self.num_ranks > 1:
                 self._feedback.record(plan, result)
         future.set_result(result)
@@ -122,6 +134,7 @@ class StepLedger:
                 return
             futures = [step.future for step in self._steps]
             self._steps.clear()
+            self.progress += 1
         for future in futures:
             future.set_exception(error)
 
@@ -131,6 +144,7 @@ class StepLedger:
             if len(self._answers) < self.num_ranks or self._question is None:
                 return
             question, self._question = self._question, None
+            self.progress += 1
             answers = [self._answers[rank] for rank in sorted(self._answers)]
         question.set_result(answers)
 

@@ -8,29 +8,32 @@ from typing import TYPE_CHECKING, Any
 from interlace.clock import MonotonicClock
 from interlace.interfaces.executor import ExecutorEvent
 from interlace.plugins.executors.ranks import wire
+from interlace.plugins.executors.ranks.meeting import lost_a_peer
 from interlace.remote_error import RemoteError
 
 if TYPE_CHECKING:
     from interlace.interfaces.model import Parallel
+    from interlace.plugins.executors.ranks.meeting import Rendezvous
     from interlace.spec import ResolvedSpec
     from interlace.worker.place import Place
     from interlace.worker.worker import Worker
-
-Connect = Callable[[], "Parallel"]
-"""Joins the other ranks; blocks until all are there."""
 
 
 class RankRunner:
     """Carries out what the executor says, one message after the other, from one thread."""
 
     def __init__(
-        self, spec: ResolvedSpec, place: Place, connect: Connect, on_event: Callable[[ExecutorEvent], None]
+        self, spec: ResolvedSpec, place: Place, meeting: Rendezvous, on_event: Callable[[ExecutorEvent], None]
     ) -> None:
-        """`connect` is called with the first message, in the thread of `handle`. `on_event` hears of the progress of
+        """`meeting` is where it finds the other ranks, with the first message. `on_event` hears of the progress of
         loading; executors hand on that of rank 0."""
         self.place = place
+        self.started = False
+        """Whether steps may come."""
+        self.stopped = False
+        """Whether `wire.Stop` was the last message."""
         self._spec = spec
-        self._connect = connect
+        self._meeting = meeting
         self._on_event = on_event
         self._clock = MonotonicClock()
         self._parallel: Parallel | None = None
@@ -38,7 +41,7 @@ class RankRunner:
         self._broken: RemoteError | None = None
         self._num_steps = 0
 
-    def handle(self, message: bytes) -> bytes | None:
+    def handle(self, message: bytes | bytearray) -> bytes | None:
         """Carry out one encoded `wire.ToRank`; returns the encoded answer, None where there is none.
 
         Raises what a start fails with. A failing step or operation is an answer."""
@@ -53,9 +56,10 @@ class RankRunner:
             case wire.Start(num_blocks=num_blocks):
                 assert self._worker is not None, "Prepare comes first"
                 answer = wire.Started(self._worker.start(num_blocks=num_blocks))
+                self.started = True
             case wire.Stop():
                 self.shutdown()
-                answer = None
+                self.stopped, answer = True, None
         return None if answer is None else wire.encode(answer)
 
     def shutdown(self) -> None:
@@ -67,10 +71,13 @@ class RankRunner:
 
     def _prepare(self) -> int:
         began = self._clock.now()
+        from interlace.plugins.executors.ranks.collectives import connect
         from interlace.worker.worker import Worker
 
-        self._parallel = self._connect()
-        self._worker = Worker(self._spec, self._on_event, self._clock, self.place, self._parallel)
+        spec, place = self._spec, self.place
+        device = place.device or spec.device
+        self._parallel = connect(place, device, self._meeting, deterministic=spec.deterministic)
+        self._worker = Worker(spec, self._on_event, self._clock, place, self._parallel)
         return self._worker.prepare(began)
 
     def _step(self, step: wire.Step) -> wire.Stepped | wire.StepFailed | None:
@@ -87,7 +94,7 @@ class RankRunner:
             told = RemoteError.of(error)
             if self.place.world > 1:
                 self._broken = told
-            return wire.StepFailed(step_id, told)
+            return wire.StepFailed(step_id, told, lost_a_peer(error))
         self._num_steps += 1
         return wire.Stepped(result) if self.place.samples else None
 

@@ -70,6 +70,8 @@ class StepFailed(msgspec.Struct, frozen=True, tag=True):
 
     step_id: int
     error: RemoteError
+    secondary: bool = False
+    """Whether it failed because another rank is gone (`PeerLostError`)."""
 
 
 class Controlled(msgspec.Struct, frozen=True, tag=True):
@@ -94,9 +96,11 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The rank cannot start, or cannot go on."""
+    """The rank cannot start, or cannot go on; its last word."""
 
     error: RemoteError
+    secondary: bool = False
+    """As in `StepFailed`."""
 
 
 FromRank = Prepared | Started | Stepped | StepFailed | Controlled | Happened | Logged | Failed
