@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from interlace.clock import Clock, MonotonicClock
 from interlace.config import LoadedSettings
+from interlace.config.settings import EngineSettings
 from interlace.engine.client import EngineClient, OnEvent
 from interlace.engine.core import EngineCore
+from interlace.errors import ConfigError
 from interlace.events import Events
 from interlace.interfaces.executor import Executor, ExecutorInfo
 from interlace.plugin_manager import PluginManager
@@ -51,14 +54,42 @@ def assemble(
     spec = resolve(loaded, manager)
     engine = loaded.settings.engine
     process = default_process if engine.process == "auto" else engine.process
-    client = make_client(spec, process, clock)
-    if supervised and process == "subprocess":
-        from interlace.engine.supervisor import Supervisor
-
-        client = Supervisor(
-            lambda: make_client(spec, process, clock), clock, engine.max_restarts, engine.restart_window_s
-        )
+    client: EngineClient
+    if engine.replicas > 1:
+        client = make_replicas(spec, loaded, clock)
+    elif supervised and process == "subprocess":
+        client = supervise(spec, engine, clock)
+    else:
+        client = make_client(spec, process, clock)
     return Assembly(loaded, spec, manager, open_tokenizer(loaded, spec), client, clock)
+
+
+def make_replicas(spec: ResolvedSpec, loaded: LoadedSettings, clock: Clock) -> EngineClient:
+    """A client of `engine.replicas` engines, each supervised in a process of its own. Raises `ConfigError`."""
+    from interlace.engine.guarded_router import GuardedRouter
+    from interlace.engine.replicas import Replicas
+    from interlace.engine.sharing import describe_shares, share_machine
+
+    engine = loaded.settings.engine
+    if engine.process == "inline":
+        raise ConfigError(
+            f"engine.replicas = {engine.replicas} ({loaded.source('engine.replicas')}) needs a process for each, but "
+            f"engine.process = 'inline' ({loaded.source('engine.process')}). Allowed: 'auto' or 'subprocess'"
+        )
+    assert spec.router is not None
+    router = GuardedRouter(spec.router.build(), spec.router.name, clock.now)
+    specs = share_machine(spec, engine.replicas)
+    layout = f"{describe_shares(specs)}; router {spec.router.name} ({spec.router.reason})"
+    block_size = spec.cache.block_size if spec.cache.prefix_caching else 0
+    return Replicas([supervise(one, engine, clock) for one in specs], router, block_size, layout)
+
+
+def supervise(spec: ResolvedSpec, engine: EngineSettings, clock: Clock) -> EngineClient:
+    """The client of an engine in a process of its own that is started again when it dies."""
+    from interlace.engine.supervisor import Supervisor
+
+    make = partial(make_client, spec, "subprocess", clock)
+    return Supervisor(make, clock, engine.max_restarts, engine.restart_window_s)
 
 
 def make_client(spec: ResolvedSpec, process: str, clock: Clock) -> EngineClient:

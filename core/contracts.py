@@ -95,6 +95,7 @@ CONTRACTS: Mapping[str, Contract] = {
             f"{_INTERFACES}.logits_processor:LogitsProcessor",
             processes=("front", "worker"),
         ),
+        Contract("routers", "router", "router", f"{_INTERFACES}.router:Router", light=True, processes=("front",)),
     )
 }
 """Kind → contract, in the order of hookspecs.py."""

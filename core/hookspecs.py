@@ -39,6 +39,7 @@ KINDS: Mapping[str, str] = {
     "checkpoints": "1",
     "kernels": "1",
     "logits_processors": "1",
+    "routers": "1",
 }
 """Plugin kind → the contract version this core speaks. The catalogue hook of a kind is `interlace_<kind>`."""
 
@@ -137,6 +138,15 @@ def interlace_logits_processors() -> Iterable[Provider]:
     """Logits processors that requests may name, enabled by `logits_processors.use`.
 
     Called once at start-up. Targets are `interlace.interfaces.logits_processor.LogitsProcessor` classes.
+    """
+    return ()
+
+
+@hookspec
+def interlace_routers() -> Iterable[Provider]:
+    """Routers, which choose one of `engine.replicas` for each request, selected by `router.use`.
+
+    Called once at start-up. Targets are `interlace.interfaces.router.Router` classes.
     """
     return ()
 

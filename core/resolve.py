@@ -78,10 +78,11 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
         seed=settings.seed,
         deterministic=settings.deterministic,
         step_timeout_s=settings.engine.step_timeout_s,
+        router=selected["routers"][0],
     )
     if settings.engine.process == "subprocess":
         check_portable(spec)
-    for warning in filter(None, (part.deprecation for part in spec.components)):
+    for warning in filter(None, (part.deprecation for part in (*spec.components, *selected["routers"]))):
         logger.warning("%s", warning)
     return spec
 
@@ -89,7 +90,7 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
 def select_components(loaded: LoadedSettings, plugins: PluginManager) -> dict[str, tuple[Component, ...]]:
     """Kind → what the settings select, for the kinds that do not depend on the model; all given options checked."""
     chosen: dict[str, tuple[Component, ...]] = {}
-    for kind in ("schedulers", "executors", "attention", "kernels", "logits_processors"):
+    for kind in ("schedulers", "executors", "attention", "kernels", "logits_processors", "routers"):
         registry = plugins.registry(kind)
         section = getattr(loaded.settings, CONTRACTS[kind].section)
         key = f"{CONTRACTS[kind].section}.use"

@@ -151,6 +151,12 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     step_timeout_s: float = 120.0
     """A step that takes longer is hung."""
+    router: Component | None = None
+    """Runs in the front only."""
+    replica: int = 0
+    """Which of `num_replicas` equal engines this is. Their `threads`, `cache` and `device` are already what
+    `interlace.engine.sharing` dealt to each."""
+    num_replicas: int = 1
 
     def open_checkpoint(self) -> Checkpoint:
         """The checkpoint, for its tokenizer (in the front) or its weights (in a worker)."""

@@ -81,7 +81,7 @@ async def _answer_all(
         print_startup(llm.front)
         showing = asyncio.create_task(show_progress(progress, MonotonicClock()))
         try:
-            most = max_in_flight or SEATS * llm.front.spec.limits.max_num_seqs
+            most = max_in_flight or SEATS * llm.front.num_seats
             await run_batch(source, journal, engine_answer(llm), most, progress)
         finally:
             showing.cancel()

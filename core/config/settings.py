@@ -158,6 +158,13 @@ class LogitsProcessorSettings(Section):
     options: Options = Field(default={}, description="Options of logits processor plugins, by plugin name.")
 
 
+class RouterSettings(Section):
+    """What chooses a replica for each request, where there are several."""
+
+    use: str = Field(default="prefix_affinity", description="The name of a router plugin.")
+    options: Options = Field(default={}, description="Options of router plugins, by plugin name.")
+
+
 class CacheSettings(Section):
     """The KV cache."""
 
@@ -166,7 +173,7 @@ class CacheSettings(Section):
     memory: Annotated[str, BeforeValidator(_memory_text)] = Field(
         default="0.4",
         description="Memory for the KV cache: a size (`2GiB`, `500MB`, a number of bytes) or a share of the memory "
-        "that is free once the weights are loaded (`0.4`, `40%`).",
+        "that is free once the weights are loaded (`0.4`, `40%`). Replicas on one device divide it evenly.",
     )
     max_blocks: int | None = Field(
         default=None, ge=2, description="Upper limit on the number of KV blocks, whatever fits."
@@ -179,7 +186,14 @@ class EngineSettings(Section):
     process: Literal["auto", "inline", "subprocess"] = Field(
         default="auto",
         description="`inline`: a thread of this process. `subprocess`: a child. `auto`: inline for `LLM`, a child for "
-        "`serve`.",
+        "`serve` and where there are several `replicas`.",
+    )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Equal engines side by side, each a supervised process with the whole model. They divide `threads` "
+        "and, on one device, `cache.memory`; a router (`router.use`) gives each request to one of them.",
     )
     step_timeout_s: float = Field(
         default=120.0,
@@ -191,7 +205,7 @@ class EngineSettings(Section):
         default=3,
         ge=0,
         description="How often within `restart_window_s` a dead engine process is started again; then the server gives "
-        "up. Applies to `serve`; 0: never.",
+        "up. Applies to `serve`, and to each of several replicas; 0: never.",
     )
     restart_window_s: float = Field(default=300.0, gt=0.0, description="See `max_restarts`.")
 
@@ -314,7 +328,8 @@ class Settings(Section):
     threads: int = Field(
         default=0,
         ge=0,
-        description="CPU threads to compute with; 0: one per core this process may use, at most its CPU quota.",
+        description="CPU threads to compute with, over all replicas; 0: one per core this process may use, at most its "
+        "CPU quota.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**63, description="Seed for requests that state none. Unset: a new one each start."
@@ -334,6 +349,7 @@ class Settings(Section):
     logits_processors: LogitsProcessorSettings = Field(
         default=LogitsProcessorSettings(), description="Logits processors."
     )
+    router: RouterSettings = Field(default=RouterSettings(), description="Router of requests to replicas.")
     cache: CacheSettings = Field(default=CacheSettings(), description="KV cache.")
     engine: EngineSettings = Field(default=EngineSettings(), description="Engine process.")
     server: ServerSettings = Field(default=ServerSettings(), description="HTTP server.")

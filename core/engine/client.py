@@ -1,7 +1,7 @@
 """The engine client: how a front talks to an engine core, wherever it runs.
 
 Two transports, one interface: `InlineClient` (a thread of this process) and `SubprocessClient` (a spawned child,
-msgspec over ZMQ ipc). `interlace.assemble` chooses by `engine.process`.
+msgspec over ZMQ ipc). `interlace.assemble` chooses by `engine.process`. `Replicas` is a client made of several.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ OnOutput = Callable[[StepOutput], None]
 OnDeath = Callable[[EngineDeadError], None]
 OnEvent = Callable[[ExecutorEvent], None]
 OnRestart = Callable[[ExecutorInfo], None]
+OnLoss = Callable[[EngineDeadError, list[str], int], None]
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,8 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     steps: int = 0
+    replicas: tuple[EngineHealth, ...] = ()
+    """Of each replica, where there are several (`engine.replicas`); what stands above is then about all of them."""
 
 
 class EngineClient(ABC):
@@ -45,6 +48,19 @@ class EngineClient(ABC):
     on_restart: OnRestart | None = None
     """Set before `start`: called when a new engine has taken the place of one that died, from a thread of the client,
     before the new one is given any request. Only a client that restarts its engine calls it."""
+
+    on_loss: OnLoss | None = None
+    """Set before `start`: called when a part of the engine died, with the error, the ids of the engine requests that
+    died with it, and the replica's index; the rest goes on. Only a client with replicas calls it."""
+
+    @property
+    def infos(self) -> tuple[ExecutorInfo, ...]:
+        """Of each replica that has started; empty where the engine is one."""
+        return ()
+
+    def describe(self) -> list[tuple[str, str]]:
+        """(subject, text) lines that the report of the start has beside those about the engine."""
+        return []
 
     @abstractmethod
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
@@ -70,7 +86,8 @@ class EngineClient(ABC):
 
     @abstractmethod
     def control(self, operation: str, **arguments: Any) -> Any:
-        """Run a named operation in the engine, between steps (`reset_prefix_cache`, `check_integrity`, …)."""
+        """Run a named operation in the engine, between steps (`reset_prefix_cache`, `check_integrity`, …). Where there
+        are replicas it runs in all of them, and the answer is a list."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -55,7 +55,7 @@ class EngineCore:
         self.kv = KVManager(info.kv, prefix_caching, limits.max_num_batched_tokens)
         self.queues = Queues(limits.max_num_seqs, self._policy.order_key)
         self.max_in_flight = info.max_in_flight
-        self._feeds_tokens = info.feeds_tokens
+        self._info = info
         self.limits = limits
         self.max_model_len = max_model_len
         self._watchdog = StarvationWatchdog(scheduler_name, limits.starvation_timeout_s)
@@ -134,7 +134,7 @@ class EngineCore:
         self._wake_time = None
         if len(self._steps) >= self.max_in_flight or not (self.queues.running or len(self.queues.waiting)):
             return None
-        step = StepBuilder(self.queues, self.kv, self.limits, now, self._feeds_tokens, self._end_with_error)
+        step = StepBuilder(self.queues, self.kv, self.limits, now, self._info, len(self._steps), self._end_with_error)
         self._policy.plan(step, bool(self._steps), len(self.queues.requests))
         step.close()
         self._wake_time = step.wake_time

@@ -21,7 +21,7 @@ from interlace.engine.client import EngineHealth
 from interlace.engine.input_processor import InputProcessor, PreparedRequest, Prompt, RequestOptions
 from interlace.engine.output_processor import OutputProcessor, Processed, raise_failure
 from interlace.engine.output_state import ActiveRequest, Sink
-from interlace.engine.snapshot import MAX_BLOCKS, MAX_REQUESTS, EngineSnapshot
+from interlace.engine.snapshot import MAX_BLOCKS, MAX_REQUESTS, EngineSnapshot, merge_snapshots
 from interlace.engine.startup import StartupProgress, paused_gc
 from interlace.errors import EngineDeadError, EngineRestartingError, EngineSilentError, OverloadedError
 from interlace.interfaces.executor import ExecutorEvent, ExecutorInfo
@@ -59,7 +59,7 @@ class Front:
         self._ids = itertools.count()
         self._observers: tuple[Observer, ...] = ()
         self._max_waiting = 0
-        self._congested = False  # whether the last step left anyone waiting
+        self._congested: dict[int, bool] = {}  # replica → whether its last step left anyone waiting
         self._closing = threading.Lock()
         self._closed = False
         self.restarts = 0
@@ -67,7 +67,7 @@ class Front:
         self.death: Future[EngineDeadError] = Future()
         """Done when the engine died and is not started again; its value is the reason. Never by `shutdown`."""
         self.death.set_running_or_notify_cancel()  # whoever stops waiting does not cancel it for others
-        self._client.on_restart = self._on_restart
+        self._client.on_restart, self._client.on_loss = self._on_restart, self._on_loss
         assembled = self.clock.now()
         began = assembled if began is None else began
         self._progress = StartupProgress()
@@ -178,8 +178,9 @@ class Front:
         if not self._max_waiting:
             return
         # Free seats count, so that a burst which can run at once is not refused; unless it is blocks that are short.
-        free = self.loaded.settings.scheduler.max_num_seqs - (self.num_active - self.num_waiting)
-        seats = 0 if self._congested else max(0, free)
+        free = self.num_seats - (self.num_active - self.num_waiting)
+        congested = self._congested and all(self._congested.values())
+        seats = 0 if congested else max(0, free)
         if self.num_waiting > self._max_waiting + seats:
             raise OverloadedError(
                 f"{self.num_waiting - new} requests are waiting already (server.max_waiting = {self._max_waiting}): "
@@ -201,6 +202,16 @@ class Front:
     def num_waiting(self) -> int:
         """Of those, how many no step has computed anything of yet: the queue, as seen from here. Cheap."""
         return self._outputs.num_waiting
+
+    @property
+    def infos(self) -> tuple[ExecutorInfo, ...]:
+        """What each replica's executor offers, by index: one entry where there is one engine."""
+        return self._client.infos or (self.info,)
+
+    @property
+    def num_seats(self) -> int:
+        """How many samples can run at the same time, over all replicas."""
+        return self.loaded.settings.scheduler.max_num_seqs * len(self.infos)
 
     def health(self, timeout: float = 5.0) -> EngineHealth:
         """Ask the engine loop. A loop that is silent for `timeout` seconds is `degraded` (a step may take long; a hung
@@ -224,9 +235,14 @@ class Front:
         )
 
     def snapshot(self, max_requests: int = MAX_REQUESTS, max_blocks: int = MAX_BLOCKS) -> EngineSnapshot:
-        """The inside of the engine between two steps. Raises `EngineDeadError`; waits for the step under way."""
-        answer = self._client.control("snapshot", max_requests=max_requests, max_blocks=max_blocks)
-        found = msgspec.convert(answer, EngineSnapshot)
+        """The inside of the engine between two steps; of all replicas that work, where there are several. Raises
+        `EngineDeadError`; waits for the step under way."""
+        count = len(self.infos)
+        answer = self._client.control("snapshot", max_requests=max_requests, max_blocks=max(1, max_blocks // count))
+        if isinstance(answer, list):
+            found = merge_snapshots(msgspec.convert(answer, list[EngineSnapshot | None]), max_requests)
+        else:
+            found = msgspec.convert(answer, EngineSnapshot)
         return msgspec.structs.replace(found, plugins=self._plugins_in_force())
 
     def _plugins_in_force(self) -> dict[str, list[str]]:
@@ -235,6 +251,8 @@ class Front:
         named += [("schedulers", spec.scheduler.label), ("executors", spec.executor.name)]
         named += [(choice.kind, choice.name) for choice in self.info.selections]
         named += [("logits_processors", part.name) for part in spec.logits_processors]
+        if spec.router is not None and len(self.infos) > 1:
+            named.append(("routers", spec.router.name))
         found: dict[str, list[str]] = {}
         for kind, name in named:
             if name not in found.setdefault(kind, []):
@@ -242,12 +260,13 @@ class Front:
         return found
 
     def control(self, operation: str, **arguments: Any) -> Any:
-        """Run a named operation in the engine, between steps (`reset_prefix_cache`, …)."""
+        """Run a named operation in the engine, between steps (`reset_prefix_cache`, …). With replicas, in all of them:
+        the answer is a list."""
         return self._client.control(operation, **arguments)
 
     def report(self) -> list[tuple[str, str]]:
         """(subject, text) lines that say what runs, what was chosen and why, and how long the start took."""
-        spec, kv = self.spec, self.info.kv
+        spec = self.spec
         lines = [
             (
                 "model",
@@ -258,11 +277,21 @@ class Front:
             ("executor", _choice(spec.executor.name, spec.executor.reason)),
         ]
         lines += [(choice.kind, _choice(choice.name, choice.reason)) for choice in self.info.selections]
-        size = kv.num_blocks * kv.bytes_per_block / 2**20
-        lines.append(("kv cache", f"{kv.num_blocks} blocks of {kv.block_size} tokens, {size:,.0f} MiB"))
+        lines += self._client.describe()
+        lines += [("kv cache", text) for text in self._kv_caches()]
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.timings.items() if part != "total")
         lines.append(("started in", f"{self.timings['total']:.2f} s ({parts})"))
         return lines
+
+    def _kv_caches(self) -> list[str]:
+        """What each replica's cache holds; those that hold alike said once."""
+        each = " in each replica" if len(self.infos) > 1 else ""
+        texts = []
+        for info in self.infos:
+            kv = info.kv
+            size = kv.num_blocks * kv.bytes_per_block / 2**20
+            texts.append(f"{kv.num_blocks} blocks of {kv.block_size} tokens, {size:,.0f} MiB{each}")
+        return list(dict.fromkeys(texts))
 
     def shutdown(self) -> None:
         """Stop the engine; unfinished requests fail with `EngineDeadError`. May be called twice."""
@@ -283,7 +312,7 @@ class Front:
             for sink, requests in done.news.items():
                 sink.deliver(requests)
             if step.stats is not None:
-                self._congested = step.stats.num_waiting > 0
+                self._congested[step.engine] = step.stats.num_waiting > 0
                 self._events.on_step(step.stats)
             for summary in done.summaries:
                 self._events.on_request_finished(summary)
@@ -307,18 +336,27 @@ class Front:
         logger.error("the engine died: %s", error, exc_info=error)
         self._lose_engine(error)
 
+    def _on_loss(self, error: EngineDeadError, engine_ids: list[str], engine: int) -> None:
+        logger.error("a replica died, with %d samples of requests: %s", len(engine_ids), error, exc_info=error)
+        self._congested.pop(engine, None)
+        self._fail(error, engine_ids, engine)
+
     def _on_restart(self, info: ExecutorInfo) -> None:
         self.info = info
         self.restarts += 1
 
     def _lose_engine(self, error: EngineDeadError) -> None:
-        """Tell everyone who listens; the engine did not get to do it."""
-        done = self._deliver_death(error)
+        """Everything that runs is lost, and, unless a new engine is being started, everything that may come."""
+        self._fail(error)
         if not isinstance(error, EngineRestartingError) and not self.death.done():
             self.death.set_result(error)
+
+    def _fail(self, error: EngineDeadError, engine_ids: list[str] | None = None, engine: int = 0) -> None:
+        """Fail these requests, or all, and tell everyone who listens; the engine did not get to do it."""
+        done = self._deliver_death(error, engine_ids)
         for summary in done.summaries:
             self._events.on_request_finished(summary)
-        nothing = StepOutput(step_id=-1, now=self.clock.now(), request_ids=[], counts=[], token_ids=[])
+        nothing = StepOutput(step_id=-1, now=self.clock.now(), request_ids=[], counts=[], token_ids=[], engine=engine)
         for observer in self._observers:
             self._tell(observer, observer.on_step, nothing, done)
 
@@ -328,8 +366,8 @@ class Front:
         else:
             logger.warning("executor: %s: %s", event.kind, event.message)
 
-    def _deliver_death(self, error: EngineDeadError) -> Processed:
-        done = self._outputs.fail(error, self.clock.now())
+    def _deliver_death(self, error: EngineDeadError, engine_ids: list[str] | None = None) -> Processed:
+        done = self._outputs.fail(error, self.clock.now(), engine_ids)
         for sink, requests in done.news.items():
             sink.deliver(requests)
         return done

@@ -57,8 +57,9 @@ class InlineClient(CommandClient):
     ) -> None:
         executor: Executor | None = None
         try:
-            executor, info = self._start_executor(on_event or _ignore)
+            executor, info = self._start_executor(self._hears(on_event or _ignore))
             self._loop = EngineLoop(self._build_core(info), executor, self._clock, on_output, self._calls.resolve)
+            executor.check_health()  # what happened since it started, the loop has not heard
             if self._stopping:  # `shutdown` came before there was a loop to tell
                 self._loop.post(Stop())
             ready.set_result(info)
@@ -75,6 +76,16 @@ class InlineClient(CommandClient):
         finally:
             if executor is not None:
                 executor.shutdown()
+
+    def _hears(self, on_event: OnEvent) -> OnEvent:
+        """Events go to the front, and to the loop once there is one."""
+
+        def hear(event: ExecutorEvent) -> None:
+            on_event(event)
+            if self._loop is not None:
+                self._loop.hear(event)
+
+        return hear
 
     def _hung(self, on_death: OnDeath) -> OnHang:
         """What the watchdog does: give the thread up."""

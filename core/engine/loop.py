@@ -17,7 +17,7 @@ from interlace.engine.client import EngineHealth, OnOutput
 from interlace.engine.core import EngineCore
 from interlace.engine.snapshot import describe_state, take_snapshot
 from interlace.errors import InterlaceError, InvalidRequestError
-from interlace.interfaces.executor import Executor
+from interlace.interfaces.executor import WORKER_DIED, Executor, ExecutorEvent
 from interlace.messages import EngineRequest, StepOutput, StepResult
 
 logger = logging.getLogger("interlace.engine")
@@ -49,11 +49,16 @@ class Control(msgspec.Struct, frozen=True, tag=True):
     arguments: dict[str, Any] = {}
 
 
+class CheckExecutor(msgspec.Struct, frozen=True, tag=True):
+    """Command: the executor says that something happened to it (`worker_died`); if it cannot go on, die of it now, and
+    not when the next request comes."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Command: leave the loop."""
 
 
-Command = Add | Abort | Control | Stop
+Command = Add | Abort | Control | CheckExecutor | Stop
 OnReply = Callable[[int, Any, BaseException | None], None]
 """(call id, value, error) of a `Control`."""
 
@@ -85,6 +90,11 @@ class EngineLoop:
     def post(self, command: Command) -> None:
         """Hand a command to the loop; it is carried out before the next plan."""
         self._inbox.put(command)
+
+    def hear(self, event: ExecutorEvent) -> None:
+        """An event of the executor, from any thread."""
+        if event.kind == WORKER_DIED:
+            self.post(CheckExecutor())
 
     def abandon(self, error: BaseException) -> None:
         """The loop is stuck and counts as dead: should it ever go on, it ends with `error` and nobody hears of it."""
@@ -142,7 +152,7 @@ class EngineLoop:
             return min(max(pause, wakeup - self._clock.now()), MAX_WAIT)
         return pause if core.has_runnable else None
 
-    def _handle(self, command: Add | Abort | Control) -> None:
+    def _handle(self, command: Add | Abort | Control | CheckExecutor) -> None:
         now = self._clock.now()
         self._empty_plans = 0
         match command:
@@ -156,6 +166,8 @@ class EngineLoop:
                 self._core.abort(request_ids, now)
             case Control():
                 self._control(command)
+            case CheckExecutor():
+                self._check_executor(None)
 
     def _control(self, command: Control) -> None:
         try:
@@ -212,16 +224,16 @@ class EngineLoop:
         except Exception as error:
             repeated, self._last_failure = repr(error) == self._last_failure, repr(error)
             logger.error("a step failed; its requests end with an error: %s", error, exc_info=not repeated)
+            self._check_executor(error)  # its death is told to all requests alike, with the error as the cause
             self._futures.clear()  # successors of a failed step fail, too
             self._on_output(self._core.fail(f"the step failed: {type(error).__name__}: {error}", self._clock.now()))
-            self._check_executor(error)
             return
         self._steps += 1
         self._on_output(self._core.update(result, self._clock.now()))
 
-    def _check_executor(self, error: Exception) -> None:
-        """After a failed step: go on if the executor can, else die with the step's error as the cause."""
+    def _check_executor(self, error: Exception | None) -> None:
+        """Go on if the executor can, else die: with the error of the step that failed, if one did, as the cause."""
         try:
             self._executor.check_health()
         except Exception as unhealthy:
-            raise InterlaceError(f"the executor cannot go on: {unhealthy}") from error
+            raise InterlaceError(f"the executor cannot go on: {unhealthy}") from (error or unhealthy)

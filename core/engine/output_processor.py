@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
@@ -207,14 +208,19 @@ class OutputProcessor:
         with self._lock:
             return self._requests.get(request_id)
 
-    def fail(self, error: EngineDeadError, now: float) -> Processed:
+    def fail(self, error: EngineDeadError, now: float, engine_ids: Iterable[str] | None = None) -> Processed:
         """The engine is gone: every active request fails with `error`, and so does every later one unless a new engine
-        is being started."""
+        is being started. With `engine_ids`, only the requests of which these are samples fail."""
         done = Processed([], {}, [])
         with self._lock:
-            if not isinstance(error, EngineRestartingError):
-                self._failure = self._failure or error
-            for request in list(self._requests.values()):
+            if engine_ids is not None:
+                found = [self._samples[engine_id][0] for engine_id in engine_ids if engine_id in self._samples]
+                lost = list(dict.fromkeys(found))
+            else:
+                lost = list(self._requests.values())
+                if not isinstance(error, EngineRestartingError):
+                    self._failure = self._failure or error
+            for request in lost:
                 request.failure = error
                 if not request.finished:
                     request.metrics.finished_time = now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 
 from interlace.engine.core import EngineCore
@@ -26,6 +28,23 @@ class RequestSnapshot(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     priority: int = 0
     num_preemptions: int = 0
     blocked_on: tuple[str, ...] = ()
+    engine: int = 0
+    """Which replica has it."""
+
+
+class ReplicaSnapshot(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One of several replicas in an `EngineSnapshot` of all."""
+
+    engine: int
+    """Its index."""
+    works: bool
+    """False: it gave no answer, because it is dead or being started again."""
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    steps: int = 0
 
 
 class EngineSnapshot(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -70,6 +89,8 @@ class EngineSnapshot(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     degraded: str | None = None
     plugins: dict[str, list[str]] = {}
     """Kind → names of the plugins in force; filled in by the front."""
+    replicas: tuple[ReplicaSnapshot, ...] = ()
+    """By index, where there are several; what stands above is then about all of them together."""
 
 
 def take_snapshot(
@@ -103,6 +124,77 @@ def take_snapshot(
         prefix_queries=core.prefix_queries,
         prefix_hits=core.prefix_hits,
         degraded=core.degraded,
+    )
+
+
+def merge_snapshots(parts: Sequence[EngineSnapshot | None], max_requests: int = MAX_REQUESTS) -> EngineSnapshot:
+    """One snapshot of all replicas, by index; None stands for one that gave no answer, and there is another one.
+
+    Numbers are added up, block maps stand one behind the other; the oldest request is the first that is listed."""
+    found = {index: part for index, part in enumerate(parts) if part is not None}
+    first, *_ = found.values()
+    stride = max(part.blocks_stride for part in found.values())
+    num_blocks = sum(part.num_blocks for part in found.values())
+    num_free = sum(part.num_free_blocks for part in found.values())
+    reasons = [f"replica {index}: {part.degraded}" for index, part in found.items() if part.degraded is not None]
+    reasons += [f"replica {index} is not running" for index, part in enumerate(parts) if part is None]
+    sums = {name: sum(getattr(part, name) for part in found.values()) for name in _SUMMED}
+    return msgspec.structs.replace(
+        first,
+        **sums,
+        now=max(part.now for part in found.values()),
+        running=_merge(found, "running", max_requests),
+        waiting=_merge(found, "waiting", max_requests),
+        num_blocks=num_blocks,
+        num_free_blocks=num_free,
+        kv_usage=1.0 - num_free / num_blocks,
+        blocks=b"".join(_resample(part, stride) for part in found.values()),
+        blocks_stride=stride,
+        degraded="; ".join(reasons) or None,
+        replicas=tuple(_replica(index, part) for index, part in enumerate(parts)),
+    )
+
+
+_SUMMED = (
+    "steps",
+    "num_in_flight",
+    "num_running",
+    "num_waiting",
+    "num_blocked",
+    "num_preempted",
+    "max_num_seqs",
+    "num_cached_blocks",
+    "prefix_queries",
+    "prefix_hits",
+)
+
+
+def _resample(part: EngineSnapshot, stride: int) -> bytes:
+    """Its block map with a larger stride: a replica that was started again may have another number of blocks."""
+    return bytes(part.blocks[block // part.blocks_stride] for block in range(0, part.num_blocks, stride))
+
+
+def _merge(found: Mapping[int, EngineSnapshot], which: str, most: int) -> list[RequestSnapshot]:
+    requests = [
+        msgspec.structs.replace(request, engine=index)
+        for index, part in found.items()
+        for request in getattr(part, which)
+    ]
+    return sorted(requests, key=lambda request: -request.age)[:most]
+
+
+def _replica(index: int, part: EngineSnapshot | None) -> ReplicaSnapshot:
+    if part is None:
+        return ReplicaSnapshot(engine=index, works=False)
+    return ReplicaSnapshot(
+        engine=index,
+        works=True,
+        num_running=part.num_running,
+        num_waiting=part.num_waiting,
+        kv_usage=part.kv_usage,
+        prefix_queries=part.prefix_queries,
+        prefix_hits=part.prefix_hits,
+        steps=part.steps,
     )
 
 

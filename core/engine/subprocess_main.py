@@ -24,7 +24,7 @@ from interlace.engine.loop import EngineLoop, Stop
 from interlace.engine.startup import paused_gc
 from interlace.engine.step_watchdog import StepWatchdog
 from interlace.engine.wire import Died, Event, FromEngine, Output, Ready, Reply, decode_command, encode
-from interlace.interfaces.executor import Executor
+from interlace.interfaces.executor import Executor, ExecutorEvent
 from interlace.remote_error import RemoteError
 from interlace.spec import ResolvedSpec
 
@@ -65,13 +65,21 @@ def main(socket_dir: str) -> int:
     commands.connect(f"ipc://{socket_dir}/commands")
     speaker = Speaker(socket_dir)
     executor: Executor | None = None
+    loop: EngineLoop | None = None
+
+    def hear(event: ExecutorEvent) -> None:
+        speaker.send(Event(event))
+        if loop is not None:
+            loop.hear(event)
+
     code = 0
     try:
         setup = msgspec.msgpack.decode(commands.recv(), type=tuple[ResolvedSpec, int])
-        logging.basicConfig(level=setup[1], format="%(levelname)s %(name)s (engine): %(message)s")
         spec = setup[0]
+        name = f"engine {spec.replica}" if spec.num_replicas > 1 else "engine"
+        logging.basicConfig(level=setup[1], format=f"%(levelname)s %(name)s ({name}): %(message)s")
         with paused_gc():
-            executor, info = start_executor(spec, lambda event: speaker.send(Event(event)))
+            executor, info = start_executor(spec, hear)
         clock = MonotonicClock()
         loop = EngineLoop(
             build_core(spec, info, clock),
@@ -80,6 +88,7 @@ def main(socket_dir: str) -> int:
             lambda output: speaker.send(Output(output)),
             lambda call_id, value, error: speaker.send(Reply(call_id, value, RemoteError.of(error) if error else None)),
         )
+        executor.check_health()  # what happened since it started, the loop has not heard
         gc.freeze()  # what the start has made stays; a full collection between two steps need not look through it
         speaker.send(Ready(info))
         threading.Thread(target=_receive, args=(commands, loop), daemon=True).start()

@@ -160,7 +160,7 @@ class _Service:
         state = ServerState(llm, settings, prepared.model_names, created=int(local_time().timestamp()))
         app = create_app(state)
         guard, application = wrap(
-            app, settings, prepared.keys, prepared.loaded.settings.scheduler.max_num_seqs, self._clock
+            app, settings, prepared.keys, llm.front.num_seats, self._clock
         )
         if settings.metrics:
             application = CountRequests(application, app.state.http_totals)

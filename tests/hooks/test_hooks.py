@@ -77,6 +77,10 @@ def test_hook_interlace_logits_processors():
     offered("logits_processors")
 
 
+def test_hook_interlace_routers():
+    offered("routers")
+
+
 def heard(hook: str, *arguments):
     """What a subscriber of `hook` with its full argument list is called with."""
     calls = []

@@ -1,7 +1,7 @@
 """Which metrics there are: name, type, labels, help, and where the value comes from.
 
 Every one is exported as `interlace:NAME`; those with `compat` also as `vllm:NAME`, with the meaning it has there.
-Engine metrics carry the labels `model_name` and `engine` before their own.
+Engine metrics carry the labels `model_name` and `engine` before their own; each replica is an `engine`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from interlace.server.metrics.totals import EngineTotals
 
 
 class Reading(NamedTuple):
-    """All that metrics are read from, at one moment."""
+    """All that metrics of one engine are read from, at one moment."""
 
     engine: EngineTotals
     http: HttpTotals
@@ -50,6 +50,8 @@ class Metric(NamedTuple):
     """Whether vLLM has a metric of this name and meaning."""
     anonymous: bool = False
     """Without the label `model_name`: the facts of the engine, not of what it serves."""
+    once: bool = False
+    """Of the server: where there are replicas, the first engine stands for all."""
 
 
 CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
@@ -168,6 +170,7 @@ COUNTERS: tuple[Metric, ...] = (
         "Requests refused because the queue was full.",
         lambda r: {("max_num_queued_reqs",): 0, **{(k,): n for k, n in r.http.rejections.items()}},
         ("reason",),
+        once=True,
     ),
     Metric("steps", "counter", "Steps completed.", lambda r: r.engine.steps, compat=False),
     Metric(
@@ -186,6 +189,7 @@ COUNTERS: tuple[Metric, ...] = (
         ("method", "route", "status"),
         compat=False,
         anonymous=True,
+        once=True,
     ),
     Metric(
         "http_requests_in_flight",
@@ -194,6 +198,7 @@ COUNTERS: tuple[Metric, ...] = (
         lambda r: r.http.in_flight,
         compat=False,
         anonymous=True,
+        once=True,
     ),
 )
 

@@ -10,17 +10,17 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from interlace.server.metrics.exposition import EngineCollector, make_registry
 from interlace.server.metrics.http import HttpTotals
-from interlace.server.metrics.totals import EngineTotals
+from interlace.server.metrics.totals import TotalsByEngine
 from interlace.server.state import ServerState
 
 
 def install(app: FastAPI, state: ServerState) -> None:
     """Count engine traffic from now on, and serve the counts at `/metrics`. HTTP traffic is counted by whoever puts
     `CountRequests` around everything; it feeds `app.state.http_totals`."""
-    engine, http = EngineTotals(), HttpTotals()
     front = state.llm.front
-    front.observe(engine)
-    registry = make_registry(EngineCollector(front, engine, http, state.model_names[0], state.settings))
+    engines, http = TotalsByEngine(len(front.infos)), HttpTotals()
+    front.observe(engines)
+    registry = make_registry(EngineCollector(front, engines.engines, http, state.model_names[0], state.settings))
     app.state.http_totals = http
 
     # Not a coroutine: it may wait for the engine loop, so it runs in a thread.

@@ -12,8 +12,18 @@ from interlace.server.metrics.histogram import BLOCK_SECONDS, COUNTS, GAP_SECOND
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
+class TotalsByEngine(Observer):
+    """`EngineTotals` of each replica; there is one where there is one engine."""
+
+    def __init__(self, count: int) -> None:
+        self.engines = [EngineTotals() for _ in range(count)]
+
+    def on_step(self, step: StepOutput, done: Processed) -> None:
+        self.engines[step.engine].on_step(step, done)
+
+
 class EngineTotals(Observer):
-    """Counts since the server started; a restart of the engine process loses nothing.
+    """Counts of one engine since the server started; a restart of the engine process loses nothing.
 
     `on_step` runs in the engine client's thread for every step, so it adds to plain numbers. Readers hold `lock`."""
 
