@@ -43,8 +43,12 @@ class ExecutorInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of the start by part: `import`, `weights`, `cache`, …"""
 
 
+WORKER_DIED = "worker_died"
+"""Kind of the event that tells of a worker's death: the engine asks `check_health`, also while it is idle."""
+
+
 class ExecutorEvent(msgspec.Struct, frozen=True):
-    """Something that happened outside a step; `kind` is an open name, `worker_died` first."""
+    """Something that happened outside a step; `kind` is an open name, `worker_died` and `progress` first."""
 
     kind: str
     message: str

@@ -9,6 +9,7 @@ from interlace.clock import MonotonicClock
 from interlace.engine.core import EngineCore
 from interlace.engine.loop import Abort, Add, Control, EngineLoop, Stop
 from interlace.errors import InterlaceError
+from interlace.interfaces.executor import ExecutorEvent
 from interlace.messages import EngineRequest, SamplingParams
 from interlace.plugins.schedulers.fcfs import Fcfs
 from interlace.spec import SchedulerLimits
@@ -190,10 +191,22 @@ def test_a_broken_executor_ends_the_loop_with_the_true_cause():
     with Running(fail_steps=(1,), healthy_after_failure=False) as running:
         running.loop.post(Add([request("a", 9)]))
         running.wait(lambda: running.death is not None)
-        assert "a" in running.finished, "the request is told before"
+        assert "a" not in running.finished, "it is told of the death, which carries the cause"
     assert isinstance(running.death, InterlaceError)
     assert "the executor cannot go on: the scripted executor is broken" in str(running.death)
     assert "scripted failure of step 1" in str(running.death.__cause__)
+
+
+def test_a_worker_that_dies_while_nothing_runs_ends_the_loop():
+    with Running() as running:
+        running.loop.hear(ExecutorEvent("progress", "loading"))
+        running.loop.hear(ExecutorEvent("worker_died", "worker 1 is gone"))
+        assert running.call("health").status == "ok", "the executor can go on: so does the loop"
+        running.executor._unhealthy = ValueError("the fan fell off")
+        running.loop.hear(ExecutorEvent("worker_died", "worker 1 is gone"))
+        running.wait(lambda: running.death is not None)
+    assert "the executor cannot go on: the scripted executor is broken" in str(running.death)
+    assert "the fan fell off" in str(running.death.__cause__.__cause__)
 
 
 class TestControl:

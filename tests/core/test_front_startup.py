@@ -49,6 +49,9 @@ def test_shutdown_during_the_start_does_not_wait_for_ever():
     stopped = []
 
     class FakeExecutor:
+        def check_health(self):
+            pass
+
         def shutdown(self):
             stopped.append(True)
 
