@@ -38,6 +38,10 @@ class ExecutorInfo(msgspec.Struct, frozen=True, kw_only=True):
     feeds_tokens: bool = True
     """Whether a sampled token reaches the next step on the device. If false, a request with a sample in flight is
     not planned again until the result is in."""
+    num_stages: int = 1
+    """Pipeline stages: so many steps run at a time, each on another part of the machine, and end one after the other.
+    Where `feeds_tokens` is false, the core deals the decoding requests out over as many steps, so that no stage waits
+    while all requests are in one; `max_in_flight` is at least as large."""
     selections: tuple[Selection, ...] = ()
     timings: dict[str, float] = {}
     """Seconds of the start by part: `import`, `weights`, `cache`, …"""

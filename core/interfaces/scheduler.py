@@ -29,7 +29,8 @@ class Outcome(enum.Enum):
     SEATS = "seats"
     """`max_num_seqs` requests are running."""
     NOT_READY = "not_ready"
-    """Cannot run in this step: blocked, preempted in it, or its next prefix block is being computed in it."""
+    """Cannot run in this step: blocked, preempted in it, its next token being sampled, its next prefix block being
+    computed in it; or, with pipeline stages, this step has its part of the decoding requests."""
     DONE = "done"
     """Already in this step, or finished."""
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from interlace.interfaces.executor import ExecutorInfo
 from interlace.interfaces.scheduler import Outcome, RequestView
 from interlace.kv.manager import KVManager, PrefixHit
 from interlace.request import RequestState, Status
@@ -37,7 +38,8 @@ class StepBuilder:
         kv: KVManager,
         limits: SchedulerLimits,
         now: float,
-        feeds_tokens: bool,
+        info: ExecutorInfo,
+        num_steps: int,
         end_request: Callable[[RequestState, str, str], None],
     ) -> None:
         self.now = kv.pool.lives.now = now
@@ -52,7 +54,8 @@ class StepBuilder:
         self._queues = queues
         self._kv = kv
         self._limits = limits
-        self._feeds_tokens = feeds_tokens
+        self._feeds_tokens = info.feeds_tokens
+        self._decodes_left = self._fair_part(info, num_steps)
         self._end_request = end_request
         self._calls_left = CALLS_PER_REQUEST * (len(queues.requests) + 16)
         self._closed = False
@@ -94,7 +97,7 @@ class StepBuilder:
             self._kv.trim(state)
             todo = self._todo(state)
             end = state.num_planned + self._chunk(todo, None)
-            return todo > 0 and self._kv.num_missing(state, end) <= self._kv.pool.num_free
+            return self._may_continue(todo) and self._kv.num_missing(state, end) <= self._kv.pool.num_free
         if self._admission_closed or not self._queues.seats_left:
             return False
         hit = self._kv.find_prefix(state)
@@ -115,7 +118,10 @@ class StepBuilder:
         running = list(self._queues.running) if order is None else sorted(self._queues.running, key=order)
         short: list[RequestState] = []
         prefills: list[RequestState] = []
-        block_size, rows, budget = self._kv.block_size, self.rows, self.token_budget_left
+        block_size, rows = self._kv.block_size, self.rows
+        decodes_left = self._decodes_left
+        kept = max(0, self.token_budget_left - decodes_left)  # tokens that decoding requests must leave
+        most = budget = self.token_budget_left - kept
         for state in running:  # the loop every decoding request passes in every step
             if state in rows:
                 continue
@@ -125,6 +131,8 @@ class StepBuilder:
                 prefills.append(state)
             elif todo == 1:
                 if budget < 1:
+                    if kept:
+                        continue  # there is still room for prefills
                     break
                 if planned % block_size:  # the token's block is already there
                     rows[state] = 1
@@ -136,7 +144,8 @@ class StepBuilder:
                 if self._continue(state, 1) is Outcome.BLOCKS:
                     short.append(state)
                 budget = self.token_budget_left
-        self.token_budget_left = budget
+        self.token_budget_left = budget + kept
+        self._decodes_left = decodes_left - (most - budget)
         for state in prefills:
             if self.token_budget_left < 1:
                 break
@@ -207,6 +216,20 @@ class StepBuilder:
             return 0
         return state.num_known + state.samples_in_flight - state.num_planned
 
+    def _may_continue(self, todo: int) -> bool:
+        """Whether a running request with `todo` tokens to compute may be in this step."""
+        return todo > 1 or (todo == 1 and self._decodes_left > 0)
+
+    def _fair_part(self, info: ExecutorInfo, num_steps: int) -> int:
+        """How many decoding requests this step may take while `num_steps` others are under way. With pipeline stages: an
+        equal part of all, and no more than leaves as much for each step to come until every stage has one."""
+        if info.feeds_tokens or info.num_stages == 1:
+            return self._limits.max_num_batched_tokens
+        decoding = [request for request in self._queues.running if not request.is_prefilling]
+        ready = sum(not request.samples_in_flight for request in decoding)
+        parts = -(-len(decoding) // info.num_stages), -(-ready // max(1, info.num_stages - num_steps))
+        return max(1, min(parts))
+
     def _chunk(self, todo: int, max_tokens: int | None) -> int:
         """How many of `todo` tokens this step may compute."""
         chunk = min(todo, self.token_budget_left)
@@ -217,7 +240,7 @@ class StepBuilder:
 
     def _continue(self, state: RequestState, max_tokens: int | None) -> Outcome:
         todo = self._todo(state)
-        if todo < 1:
+        if not self._may_continue(todo):
             return Outcome.NOT_READY
         self._kv.trim(state)
         chunk = self._chunk(todo, max_tokens)
@@ -230,6 +253,7 @@ class StepBuilder:
             self._blocks_were_short = True
             return Outcome.BLOCKS
         self._place(state, chunk)
+        self._decodes_left -= todo == 1
         return Outcome.OK
 
     def _admit(self, state: RequestState, max_tokens: int | None) -> Outcome:

@@ -46,6 +46,7 @@ class ScriptedExecutor(Executor):
         )
         max_in_flight: int = Field(default=1, ge=1, description="Steps that may be under way.")
         feeds_tokens: bool = Field(default=True, description="Whether a sample reaches the next step without the core.")
+        num_stages: int = Field(default=1, ge=1, description="Pipeline stages.")
         vocab_size: int = Field(default=256, ge=2, description="Tokens are 0 to vocab_size - 1, each equally likely.")
         manual: bool = Field(default=False, description="Run a step only when `run_next` is called.")
         delay_s: float = Field(default=0.0, ge=0, description="Seconds a step takes, spent on a thread of its own.")
@@ -106,7 +107,12 @@ class ScriptedExecutor(Executor):
         if options.delay_s:
             self._thread = threading.Thread(target=self._run_delayed, name="scripted-executor", daemon=True)
             self._thread.start()
-        return ExecutorInfo(kv=kv, max_in_flight=options.max_in_flight, feeds_tokens=options.feeds_tokens)
+        return ExecutorInfo(
+            kv=kv,
+            max_in_flight=options.max_in_flight,
+            feeds_tokens=options.feeds_tokens,
+            num_stages=options.num_stages,
+        )
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a step. Raises `PlanError` for too many steps under way, or a row that lacks its newest token."""

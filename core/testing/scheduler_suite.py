@@ -223,6 +223,7 @@ class SchedulerConformance(Conformance):
         for depth in (1, 2, 3):
             for feeds in (True, False):
                 self.play(f"max_in_flight={depth}, feeds_tokens={feeds}", max_in_flight=depth, feeds_tokens=feeds)
+            self.play(f"{depth} pipeline stages", max_in_flight=depth, num_stages=depth, feeds_tokens=False)
 
     def test_preemption_pressure(self) -> None:
         """Requests outgrow the blocks: somebody has to give way, and everybody gets done in the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +19,8 @@ from interlace.kv.specs import KVCacheConfig
 from interlace.messages import SampledTokens, StepPlan, StepResult
 from interlace.sampling.sampler import Sampler
 from interlace.spec import ResolvedSpec
+from interlace.worker.device_runner import DeviceRunner
+from interlace.worker.device_start import measured_cache, profile_memory, start_device_runner, stream_for
 from interlace.worker.memory import free_memory
 from interlace.worker.model_runner import ModelRunner
 from interlace.worker.persistent_batch import PersistentBatch
@@ -33,6 +36,7 @@ from interlace.worker.sizing import (
     size_cache,
     warn_if_short,
 )
+from interlace.worker.streams import Stream
 from interlace.worker.threads import bind, plan_threads
 
 OnEvent = Callable[[ExecutorEvent], None]
@@ -66,11 +70,14 @@ class Worker:
         clock: Clock | None = None,
         place: Place | None = None,
         parallel: Parallel | None = None,
+        stream: Stream | None = None,
     ) -> None:
-        """`place` and `parallel` say the same of this rank; by default it is the only one."""
+        """`place` and `parallel` say the same of this rank; by default it is the only one. `stream`: the device to run
+        ahead of; by default that of the GPU, if the only rank is on one."""
         self.place = place or Place()
         self._parallel = parallel or Parallel()
         self._spec = msgspec.structs.replace(spec, device=self.place.device) if self.place.device else spec
+        self._stream = stream
         self._on_event = on_event
         self._clock = clock or MonotonicClock()
         self._choices: _Choices | None = None
@@ -120,15 +127,21 @@ class Worker:
         weights = self._with_progress(chosen.checkpoint)
         model.load_weights(weights if chosen.model_class.takes_blocks else decode_all(weights))
         loaded = self._clock.now()
+        if self._stream is None and self.place.world == 1:
+            self._stream = stream_for(spec.device)
+        if self._stream is None:
+            layers = self._allocate(kv, chosen.attention)
+            self._runner, how_run = self._make_runner(model, layers, kv, chosen)
+            selections = (*chosen.selections, how_run)
+        else:
+            kv, selections = self._start_on_device(self._stream, model, kv, chosen)
         warn_if_short(spec, kv)
-        layers = self._allocate(kv, chosen.attention)
-        self._runner, how_run = self._make_runner(model, layers, kv, chosen)
-        stages = self.place.num_stages
         return ExecutorInfo(
             kv=kv,
-            max_in_flight=stages,
+            max_in_flight=max(self.place.num_stages, getattr(self._runner, "max_in_flight", 1)),
             feeds_tokens=self.place.world == 1,
-            selections=(*chosen.selections, how_run),
+            num_stages=self.place.num_stages,
+            selections=selections,
             timings={
                 "import": chosen.imported - chosen.began,
                 "weights": loaded - chosen.imported,
@@ -144,6 +157,23 @@ class Worker:
             raise RuntimeError("the worker was not started, or was shut down")
         return self._runner.execute(plan, sampled)
 
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Run one step after all earlier ones; the future carries what goes wrong. On a GPU it returns before the step
+        is done, and up to `max_in_flight` steps may be open."""
+        if isinstance(self._runner, DeviceRunner):
+            return self._runner.submit(plan)
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self.execute(plan))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def check_health(self) -> None:
+        """Raise if no further step can run."""
+        if isinstance(self._runner, DeviceRunner):
+            self._runner.check_health()
+
     def profile(self, plan: StepPlan) -> dict[str, float]:
         """Run one step in parts; see `ModelRunner.profile`."""
         if self._runner is None:
@@ -151,8 +181,27 @@ class Worker:
         return self._runner.profile(plan)
 
     def shutdown(self) -> None:
-        """Drop model and cache."""
-        self._runner = None
+        """Drop model and cache; steps that are still open end first."""
+        runner, self._runner = self._runner, None
+        if isinstance(runner, DeviceRunner):
+            runner.close()
+
+    def _start_on_device(
+        self, stream: Stream, model: Model, kv: KVCacheConfig, chosen: _Choices
+    ) -> tuple[KVCacheConfig, tuple[Selection, ...]]:
+        """Measure what steps take, give the cache what is left, and make the runner; returns the cache and all
+        selections."""
+        spec, attention, now = self._spec, chosen.attention, self._clock.now
+        profile = profile_memory(spec, stream, model, chosen.kernels, attention, self._allocate)
+        free = free_memory(spec.device) // self.place.sharers
+        kv, how_large = measured_cache(spec, attention, kv, free, profile)
+        layers = self._allocate(kv, attention)
+        sampler = Sampler(
+            spec.model_config.vocab_size, self._load_processors(), now, chosen.kernels.argmax, chosen.kernels.draw
+        )
+        runner = start_device_runner(spec, stream, model, layers, attention, chosen.kernels, kv, sampler, now)
+        self._runner, how_run = runner
+        return kv, (*chosen.selections, how_large, how_run)
 
     def _make_runner(
         self, model: Model, layers: dict[int, LayerCache], kv: KVCacheConfig, chosen: _Choices
