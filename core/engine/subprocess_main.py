@@ -89,7 +89,6 @@ def main(socket_dir: str) -> int:
             lambda call_id, value, error: speaker.send(Reply(call_id, value, RemoteError.of(error) if error else None)),
         )
         executor.check_health()  # what happened since it started, the loop has not heard
-        executor.check_health()  # what happened since it started, the loop has not heard
         gc.freeze()  # what the start has made stays; a full collection between two steps need not look through it
         speaker.send(Ready(info))
         threading.Thread(target=_receive, args=(commands, loop), daemon=True).start()
