@@ -221,8 +221,8 @@ class StepBuilder:
         return todo > 1 or (todo == 1 and self._decodes_left > 0)
 
     def _fair_part(self, info: ExecutorInfo, num_steps: int) -> int:
-        """How many decoding requests this step may take while `num_steps` others are under way. With pipeline stages: an
-        equal part of all, and no more than leaves as much for each step to come until every stage has one."""
+        """How many decoding requests this step may take while `num_steps` others are under way. With pipeline stages:
+        an equal part of all, and no more than leaves as much for each step to come until every stage has one."""
         if info.feeds_tokens or info.num_stages == 1:
             return self._limits.max_num_batched_tokens
         decoding = [request for request in self._queues.running if not request.is_prefilling]

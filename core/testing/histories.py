@@ -75,15 +75,14 @@ class History:
             reserve_full_prompt=source.random() < 0.7,
             starvation_timeout_s=source.choice((0.05, 60.0)),
         )
-        depth = source.randint(1, 3)
         executor = FaultyExecutor(
             ScriptedExecutor.Options(
                 manual=True,
                 block_size=size,
                 num_blocks=2 + int(enough * source.choice((0.4, 0.8, 1.0, 1.5, 4.0))),
                 windows=self.windows,
-                max_in_flight=depth,
-                num_stages=1 if seed % 3 else depth,
+                max_in_flight=(depth := source.randint(1, 3)),
+                num_stages=depth if seed % 2 else 1,
                 feeds_tokens=source.random() < 0.5,
                 vocab_size=32,
                 failed_steps_run=source.random() < 0.5,
