@@ -9,7 +9,7 @@ from interlace.hookspecs import Provider, hookimpl
 
 @hookimpl
 def interlace_executors() -> Iterable[Provider]:
-    """`uniprocess`, `multiprocess`."""
+    """`uniprocess`, `multiprocess`, `ray`."""
     return (
         Provider(
             name="uniprocess",
@@ -21,6 +21,12 @@ def interlace_executors() -> Iterable[Provider]:
             name="multiprocess",
             target="interlace.plugins.executors.multiprocess:MultiprocessExecutor",
             summary="a process per rank: tensor and pipeline parallelism on one machine",
+            api="1",
+        ),
+        Provider(
+            name="ray",
+            target="interlace.plugins.executors.ray:RayExecutor",
+            summary="a Ray actor per rank: tensor and pipeline parallelism on one machine or several",
             api="1",
         ),
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import socket
+import sys
+import threading
+import traceback
 from typing import Any
 
 import msgspec
@@ -16,13 +20,19 @@ from interlace.plugins.executors.cluster.options import RayOptions
 from interlace.plugins.executors.cluster.tcp import Listener
 from interlace.plugins.executors.processes.channel import Channel, MessageReader
 from interlace.plugins.executors.ranks import wire
-from interlace.plugins.executors.ranks.meeting import Rendezvous
+from interlace.plugins.executors.ranks.meeting import Rendezvous, lost_a_peer
 from interlace.plugins.executors.ranks.runner import RankRunner
 from interlace.remote_error import RemoteError
 
+LAST_WORDS_S = 10.0
+"""How long the executor is given to hear why a rank ends."""
+
 
 class RankActor:
-    """`open`, then `serve`, which returns when the executor has gone. Both run in the main thread of the actor."""
+    """`open`, then `serve`, which returns when the executor has gone. Both run in the main thread of the actor.
+
+    The first connection with the key is the executor's. Each later one is told what the threads are doing, and closed:
+    the executor asks when a step does not end."""
 
     def __init__(self) -> None:
         self._store: Any = None
@@ -52,18 +62,19 @@ class RankActor:
         told = msgspec.msgpack.decode(setup, type=RankSetup)
         options = RayOptions(**told.options)
         connection = self._listener.accept(options.start_timeout_s)
+        threading.Thread(target=self._tell_stacks, name="interlace-stacks", daemon=True).start()
         channel = Channel(os.dup(connection.fileno()))
         # What all ranks have to say alike is heard from the first one.
         level = told.log_level if told.rank == 0 else max(told.log_level, logging.ERROR)
         logging.basicConfig(level=level, handlers=[_LogOverChannel(channel)], format="%(message)s", force=True)
-        try:
-            self._serve(connection, channel, told, options)
-        except (EOFError, ConnectionError):
-            return  # the executor has gone
-        except BaseException as error:
-            channel.send(wire.encode(wire.Failed(RemoteError.of(error))))
-        finally:
-            connection.close()
+        with connection, contextlib.suppress(EOFError, OSError):  # the executor has gone
+            try:
+                self._serve(connection, channel, told, options)
+            except (EOFError, ConnectionError):
+                raise
+            except BaseException as error:
+                channel.send(wire.encode(wire.Failed(RemoteError.of(error), lost_a_peer(error))))
+                _wait_until_heard(connection)
 
     def _serve(self, connection: socket.socket, channel: Channel, told: RankSetup, options: RayOptions) -> None:
         place = options.place(told.spec, told.rank, told.index_on_node, told.num_on_node)
@@ -90,6 +101,30 @@ class RankActor:
         finally:
             runner.shutdown()
 
+    def _tell_stacks(self) -> None:
+        while True:
+            with self._listener.accept(None) as connection, contextlib.suppress(OSError):
+                connection.sendall(_describe_threads().encode())
+
+
+def _describe_threads() -> str:
+    """The Python stacks of all threads but this one."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    return "".join(parts)
+
+
+def _wait_until_heard(connection: socket.socket) -> None:
+    """Closing a connection with something unread would take back what was said last."""
+    connection.shutdown(socket.SHUT_WR)
+    connection.settimeout(LAST_WORDS_S)
+    while connection.recv(1 << 16):
+        pass
+
 
 class _LogOverChannel(logging.Handler):
     """The log of a rank is the log of its executor."""
@@ -99,4 +134,5 @@ class _LogOverChannel(logging.Handler):
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._channel.send(wire.encode(wire.Logged(record.name, record.levelno, self.format(record))))
+        with contextlib.suppress(OSError):  # the executor has gone
+            self._channel.send(wire.encode(wire.Logged(record.name, record.levelno, self.format(record))))

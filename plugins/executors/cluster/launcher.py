@@ -41,6 +41,8 @@ from interlace.remote_error import RemoteError
 
 EXPLANATION_S = 2.0
 """How long Ray is given to say why an actor ended."""
+OWN_CLUSTER_S = 60.0
+"""How much longer than an answer of a running cluster the start of one may take."""
 FAREWELL_S = 8.0
 """How long an orderly end may take once the executor has gone."""
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -79,6 +81,9 @@ class Launcher:
 
     def _connect(self) -> None:
         address = self._options.address
+        limit = threading.Timer(self._connect_timeout(), self._give_up)
+        limit.daemon = True
+        limit.start()
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not address:
             bundle = self._options.resources(self._launch.spec)
@@ -99,7 +104,20 @@ class Launcher:
                 raise InterlaceError(
                     f"executor option address = '{address}': Ray does not let us in: {type(error).__name__}: {error}"
                 ) from error
+        limit.cancel()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler
+
+    def _connect_timeout(self) -> float:
+        return self._options.placement_timeout_s + (0.0 if self._options.address else OWN_CLUSTER_S)
+
+    def _give_up(self) -> None:
+        """Ray waits for minutes, and in native code; so this is the end of the process."""
+        text = f"Ray has not answered within {self._connect_timeout():g} s"
+        if self._options.address:
+            text = f"executor option address = '{self._options.address}': {text}"
+        self._channel.send(encode(Refused(RemoteError.of(InterlaceError(text)))))
+        shutil.rmtree(self._launch.folder, ignore_errors=True)
+        os._exit(1)
 
     def _check_address(self, address: str) -> None:
         """Ray itself takes minutes to find out that nobody is there."""

@@ -1,7 +1,7 @@
 """What the executor and the launcher say to each other: msgpack of these types over a socket pair.
 
-`Launch` is first. It is answered by `Placed` or `Refused`. Later the executor may ask `Why` a rank is gone; the launcher
-says `Gone` as soon as Ray knows, asked or not. The end of the executor's side of the socket ends everything.
+`Launch` is first. It is answered by `Placed` or `Refused`. Later the executor may ask `Why` a rank is gone; the
+launcher says `Gone` as soon as Ray knows, asked or not. The end of the executor's side of the socket ends everything.
 """
 
 from __future__ import annotations

@@ -9,6 +9,11 @@ _LENGTH = 8
 _PIECE = 1 << 20
 
 
+def frame(message: bytes) -> bytes:
+    """A message as it travels: with its length before it."""
+    return len(message).to_bytes(_LENGTH, "little") + message
+
+
 class Channel:
     """The rank's end. `send` may come from any thread."""
 
@@ -19,7 +24,7 @@ class Channel:
     def send(self, message: bytes) -> None:
         """Say something; blocks while the executor does not listen."""
         with self._lock:
-            self._socket.sendall(len(message).to_bytes(_LENGTH, "little") + message)
+            self._socket.sendall(frame(message))
 
     def receive(self) -> bytes:
         """The one message that the executor sends this way. Raises `EOFError` when it is gone."""

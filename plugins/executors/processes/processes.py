@@ -205,7 +205,7 @@ class RankProcesses:
         by_pidfd = {rank.pidfd: rank for rank in self._ranks}
         for descriptor in (*by_socket, *by_pidfd):
             poller.register(descriptor, select.POLLIN)
-        watch = _StepWatch(self._ledger, self._clock, self._spec.step_timeout_s)
+        watch = StepWatch(self._ledger, self._clock, self._spec.step_timeout_s)
         while by_pidfd:
             ready = poller.poll(1000 * (STOP_TIMEOUT if self._stopping else watch.interval))
             if self._stopping and not ready:
@@ -288,7 +288,7 @@ class RankProcesses:
         return error
 
 
-class _StepWatch:
+class StepWatch:
     """Notices that what is under way does not end. Time in which this process did not run does not count."""
 
     def __init__(self, ledger: StepLedger, clock: Clock, timeout: float) -> None:

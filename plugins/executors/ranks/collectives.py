@@ -151,6 +151,7 @@ def _make_group(store: Any, device: torch.device, rank: int, size: int, meeting:
         return dist.ProcessGroupNCCL(store, rank, size, options)
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timeout
-    where = {"interface": meeting.interface} if meeting.interface else {}
+    interface = {"interface": meeting.interface} if meeting.interface else {}
+    where = {"hostname": meeting.host} if meeting.host else interface
     options._devices = [dist.ProcessGroupGloo.create_device(**where)]
     return dist.ProcessGroupGloo(store, rank, size, options)

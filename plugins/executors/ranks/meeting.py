@@ -29,5 +29,7 @@ class Rendezvous(msgspec.Struct, frozen=True, kw_only=True):
     """`host:port` of a TCP store that is served by somebody else: ranks of several machines."""
     interface: str = ""
     """Network interface that gloo connects over; empty: the one that the host's name belongs to."""
+    host: str = ""
+    """This machine's address that gloo connects from and to; it comes before `interface`."""
     timeout_s: float = 600.0
     """How long to wait for the others."""
