@@ -26,7 +26,7 @@ from interlace.errors import (
 from interlace.model_config import read_architecture
 from interlace.options import check_options, options_table, validate_options
 from interlace.registry import Offer, Registry
-from interlace.spec import CacheSpec, Component, ResolvedSpec, SchedulerLimits
+from interlace.spec import CacheSpec, Component, GpuSpec, ResolvedSpec, SchedulerLimits
 
 if TYPE_CHECKING:
     from interlace.interfaces.checkpoint import Checkpoint
@@ -69,7 +69,12 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
         kernels=selected["kernels"],
         logits_processors=selected["logits_processors"],
         limits=_limits(settings),
-        cache=_cache(settings),
+        cache=_cache(settings, device),
+        gpu=GpuSpec(
+            graphs=settings.gpu.graphs,
+            graph_sizes=tuple(settings.gpu.graph_sizes),
+            steps_in_flight=settings.gpu.steps_in_flight,
+        ),
         dtype=resolve_dtype(settings.dtype, device),
         weights=settings.weights,
         max_model_len=_max_model_len(loaded, config),
@@ -277,12 +282,15 @@ def _limits(settings: Settings) -> SchedulerLimits:
     )
 
 
-def _cache(settings: Settings) -> CacheSpec:
-    memory = parse_memory(settings.cache.memory)
+def _cache(settings: Settings, device: str) -> CacheSpec:
+    given = settings.cache.memory
+    # What else runs on a machine needs main memory; a GPU is there for the engine.
+    automatic = CacheSpec().memory_share if device == "cpu" else 0.9
+    memory = automatic if given == "auto" else parse_memory(given)
     return CacheSpec(
         block_size=settings.cache.block_size,
         prefix_caching=settings.cache.prefix_caching,
         memory_bytes=memory if isinstance(memory, int) else None,
-        memory_share=memory if isinstance(memory, float) else CacheSpec().memory_share,
+        memory_share=memory if isinstance(memory, float) else automatic,
         max_blocks=settings.cache.max_blocks,
     )

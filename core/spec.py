@@ -122,6 +122,15 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Upper limit on the number of blocks; for tests."""
 
 
+class GpuSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker on a GPU runs its steps."""
+
+    graphs: bool = True
+    graph_sizes: tuple[int, ...] = ()
+    """Numbers of rows; empty: `interlace.worker.graphs.SIZES`."""
+    steps_in_flight: int = 2
+
+
 class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One engine, resolved."""
 
@@ -140,6 +149,7 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     logits_processors: tuple[Component, ...] = ()
     limits: SchedulerLimits = SchedulerLimits()
     cache: CacheSpec = CacheSpec()
+    gpu: GpuSpec = GpuSpec()
     dtype: str = "float32"
     """Compute type, resolved: float32, bfloat16 or float16."""
     weights: str = "auto"

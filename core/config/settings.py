@@ -49,6 +49,11 @@ def _memory_text(value: Any) -> Any:
     return value
 
 
+def _cache_memory_text(value: Any) -> Any:
+    """As `_memory_text`, or `auto`."""
+    return value if value == "auto" else _memory_text(value)
+
+
 def _size_text(value: Any) -> Any:
     """As `_memory_text`, but a share of something makes no sense here."""
     text = _memory_text(value)
@@ -112,7 +117,7 @@ class AttentionSettings(Section):
         description="`auto`, or the name of an attention plugin. `auto` asks the backends of `auto_order`.",
     )
     auto_order: list[str] = Field(
-        default=["native", "torch"],
+        default=["native", "flash", "triton", "torch"],
         description="Backends `auto` asks, best first; names that are not installed are skipped, and installed ones "
         "that are not listed take no part.",
     )
@@ -127,7 +132,7 @@ class KernelSettings(Section):
         description="`auto`, or the name of a kernels plugin. `auto` asks those of `auto_order`, op by op.",
     )
     auto_order: list[str] = Field(
-        default=["native", "torch"],
+        default=["native", "triton", "torch"],
         description="Kernel sets `auto` asks, best first; names that are not installed are skipped, and installed "
         "ones that are not listed take no part.",
     )
@@ -170,13 +175,35 @@ class CacheSettings(Section):
 
     block_size: int = Field(default=32, ge=1, le=1024, description="Tokens in a KV block.")
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests and reuse equal prefixes.")
-    memory: Annotated[str, BeforeValidator(_memory_text)] = Field(
-        default="0.4",
+    memory: Annotated[str, BeforeValidator(_cache_memory_text)] = Field(
+        default="auto",
         description="Memory for the KV cache: a size (`2GiB`, `500MB`, a number of bytes) or a share of the memory "
-        "that is free once the weights are loaded (`0.4`, `40%`). Replicas on one device divide it evenly.",
+        "that is free once the weights are loaded (`0.4`, `40%`), on a GPU also beside what the largest step takes. "
+        "`auto`: 0.4 on CPU, 0.9 on a GPU. Replicas on one device divide it evenly.",
     )
     max_blocks: int | None = Field(
         default=None, ge=2, description="Upper limit on the number of KV blocks, whatever fits."
+    )
+
+
+class GpuSettings(Section):
+    """How steps run on a GPU. The CPU has none of this."""
+
+    graphs: bool = Field(
+        default=True,
+        description="Run steps in which every request decodes as device (CUDA) graphs, where the attention backend can.",
+    )
+    graph_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[],
+        description="Numbers of requests that graphs are captured for, each when it is first needed; a step is padded "
+        "to the next one, and one beyond the largest runs without. Empty: 1 to 512, close together.",
+    )
+    steps_in_flight: int = Field(
+        default=2,
+        ge=1,
+        le=4,
+        description="Steps given to the GPU before the first one's tokens are awaited: with 2 it never waits for the "
+        "host, and a request that stops has been computed one step further.",
     )
 
 
@@ -351,6 +378,7 @@ class Settings(Section):
     )
     router: RouterSettings = Field(default=RouterSettings(), description="Router of requests to replicas.")
     cache: CacheSettings = Field(default=CacheSettings(), description="KV cache.")
+    gpu: GpuSettings = Field(default=GpuSettings(), description="Steps on a GPU.")
     engine: EngineSettings = Field(default=EngineSettings(), description="Engine process.")
     server: ServerSettings = Field(default=ServerSettings(), description="HTTP server.")
     plugins: PluginSettings = Field(default=PluginSettings(), description="Plugin packages.")

@@ -23,7 +23,7 @@ from interlace.sampling.validation import validate_processor_args, validate_toke
 
 _log = logging.getLogger(__name__)
 
-_NOT_A_NUMBER = "the logits contain NaN or +inf: the model or a logits processor computed invalid numbers"
+NOT_A_NUMBER = "the logits contain NaN or +inf: the model or a logits processor computed invalid numbers"
 _NOTHING_LEFT = (
     "no token is left to choose from: allowed_token_ids, bad_words, min_tokens and logits processors together "
     "exclude the whole vocabulary"
@@ -76,6 +76,7 @@ class Sampler:
         self._reporting: set[int] = set()
         self._processed: dict[str, set[int]] = {name: set() for name in processors}
         self._refused: dict[int, str] = {}
+        self._on_host: set[int] = set()
 
     def add(self, slot: int, admission: Admission) -> None:
         """A request took `slot`. Never raises for what a request or a processor does: its rows then fail."""
@@ -88,6 +89,8 @@ class Sampler:
             self._refused[slot] = str(error)
             arguments = {}
         state = self._slots[slot] = SlotSampling.from_admission(admission, self._vocab_size)
+        if slot in self._refused or arguments or state.edits or params.logprobs is not None:
+            self._on_host.add(slot)
         if slot in self._refused:
             return
         if not params.greedy:
@@ -113,6 +116,7 @@ class Sampler:
         self._random.discard(slot)
         self._edited.discard(slot)
         self._reporting.discard(slot)
+        self._on_host.discard(slot)
         self._refused.pop(slot, None)
         for name, slots in self._processed.items():
             if slot in slots:
@@ -141,7 +145,7 @@ class Sampler:
         token_ids, peaks = self._argmax(logits)
         if not np.isfinite(peaks).all():
             for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
-                errors.setdefault(row, _NOTHING_LEFT if peaks[row] == -math.inf else _NOT_A_NUMBER)
+                errors.setdefault(row, _NOTHING_LEFT if peaks[row] == -math.inf else NOT_A_NUMBER)
         rows = [row for row in _rows_in(self._random, slots) if row not in errors]
         if rows:
             self._draw(logits, rows, slots, histories, token_ids, errors)
@@ -149,6 +153,10 @@ class Sampler:
             token_ids[row] = -1
         chosen: list[int] = token_ids.tolist()
         return SampledRows(chosen, {} if raw is None else self._logprobs(raw, reporting, slots, chosen), errors)
+
+    def rows_on_host(self, slots: Sequence[int]) -> list[int]:
+        """Rows that need this sampler: they ask for more than `Kernels.sample` does."""
+        return _rows_in(self._on_host, slots)
 
     def take_plugin_seconds(self) -> dict[str, float]:
         """`logits_processors:name` → seconds spent in its `add` and `apply` since the last call."""
@@ -212,7 +220,7 @@ class Sampler:
         drawn = self._draw_rows(logits, rows, [state.shape for state in states], numbers)
         token_ids[rows] = drawn
         for index in np.flatnonzero(drawn < 0).tolist():
-            errors[rows[index]] = _NOT_A_NUMBER
+            errors[rows[index]] = NOT_A_NUMBER
 
     def _logprobs(
         self, raw: torch.Tensor, rows: Sequence[int], slots: Sequence[int], chosen: Sequence[int]

@@ -28,7 +28,10 @@ class ForwardBatch:
         context_lens: list[int] | IntArray,
         block_tables: list[torch.Tensor],
         slot_mappings: list[torch.Tensor],
+        seq_lens_tensor: torch.Tensor | None = None,
+        query_start_tensor: torch.Tensor | None = None,
     ) -> None:
+        """The last two save making them, where they are on the device already."""
         self.token_ids = token_ids  # [tokens] int64
         self.positions = positions  # [tokens] int64, position in its own sequence
         self.query_lens_array = np.asarray(query_lens, dtype=np.int64)  # CPU; [rows], tokens of this step
@@ -37,6 +40,10 @@ class ForwardBatch:
         self.slot_mappings = slot_mappings  # per KV group: [tokens] int64 = block id * block_size + offset
         self.num_rows = len(query_lens)
         self.num_tokens = token_ids.shape[0]
+        if seq_lens_tensor is not None:
+            self.seq_lens_tensor = seq_lens_tensor
+        if query_start_tensor is not None:
+            self.query_start_tensor = query_start_tensor
 
     @cached_property
     def query_start_array(self) -> IntArray:

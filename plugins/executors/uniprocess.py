@@ -12,11 +12,13 @@ from interlace.interfaces.executor import Executor, ExecutorEvent, ExecutorInfo
 if TYPE_CHECKING:
     from interlace.messages import StepPlan, StepResult
     from interlace.spec import ResolvedSpec
+    from interlace.worker.streams import Stream
     from interlace.worker.worker import Worker
 
 
 class UniprocessExecutor(Executor):
-    """Runs each step inside `submit`, so the future it returns is already done."""
+    """On a CPU a step runs inside `submit`, so the future it returns is already done. On a GPU `submit` hands the step to
+    the device, and the future waits for it when it is asked."""
 
     _worker: Worker | None = None
 
@@ -25,18 +27,23 @@ class UniprocessExecutor(Executor):
         began = clock.now()
         from interlace.worker.worker import Worker
 
-        self._worker = Worker(spec, on_event, clock)
+        self._worker = Worker(spec, on_event, clock, stream=self.make_stream())
         return self._worker.start(began)
 
+    def make_stream(self) -> Stream | None:
+        """The device to run ahead of; None: that of the GPU, if the engine runs on one. Tests override this."""
+        return None
+
     def submit(self, plan: StepPlan) -> Future[StepResult]:
+        if self._worker is not None:
+            return self._worker.submit(plan)
         future: Future[StepResult] = Future()
-        try:
-            if self._worker is None:
-                raise RuntimeError("the executor was not started, or was shut down")
-            future.set_result(self._worker.execute(plan))
-        except Exception as error:
-            future.set_exception(error)
+        future.set_exception(RuntimeError("the executor was not started, or was shut down"))
         return future
+
+    def check_health(self) -> None:
+        if self._worker is not None:
+            self._worker.check_health()
 
     def shutdown(self) -> None:
         if self._worker is not None:

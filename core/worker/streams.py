@@ -1,0 +1,118 @@
+"""`Stream`: a device that works through what it is given in order, while the host goes on.
+
+The device runner knows a GPU only through this class. `CudaStream` is the real one; a fake one that works as late as it
+may is in `interlace.testing.fake_stream`, so that the same runner is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], None]
+"""What the device is to do: calls of torch and of kernels, in order. It may read host memory at any time until it is
+complete, so what it reads must not change until then; it must not wait for the device."""
+
+
+class Completion(ABC):
+    """Some work that was given to a stream."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block, without using a processor, until the work is complete. Raises what it failed with."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+
+
+class Stream(ABC):
+    """Runs work in the order of submission. Used from one thread at a time."""
+
+    device: torch.device
+
+    @abstractmethod
+    def submit(self, work: Work) -> Completion:
+        """Run `work` after all that was submitted before. Raises what goes wrong while it is handed over."""
+
+    @abstractmethod
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        """Host memory [num_bytes] uint8, zeroed, from and to which the device copies by itself."""
+
+    @abstractmethod
+    def capture(self, work: Work) -> Work:
+        """Make `work` one call, to be used within `submit`. `work` is run now, at least once, so it must do no harm;
+        waits for everything submitted before. Raises if it cannot be captured; the stream goes on then."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for everything submitted. Raises only if the device can do no more work."""
+
+    @abstractmethod
+    def peak_memory(self, work: Work) -> int:
+        """Bytes of device memory that `work` takes at most beyond what is taken already. Runs it, and waits."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give memory that is only kept for reuse back to the device."""
+
+
+class _CudaCompletion(Completion):
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def ready(self) -> bool:
+        return self._event.query()
+
+
+class CudaStream(Stream):
+    """A CUDA device's default stream. Threads have a current device of their own, so it is set at every entry."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share their memory
+
+    def submit(self, work: Work) -> Completion:
+        with torch.cuda.device(self.device):
+            work()
+            event = torch.cuda.Event(blocking=True)  # waiting for it sleeps instead of spinning
+            event.record()
+        return _CudaCompletion(event)
+
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def capture(self, work: Work) -> Work:
+        with torch.cuda.device(self.device):
+            work()  # compiles kernels and takes workspaces, which a capture cannot
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of the process may use CUDA meanwhile, another engine's for one
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        return graph.replay
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def peak_memory(self, work: Work) -> int:
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            torch.cuda.synchronize()
+            # reserved, not allocated: what fragmentation costs is lost to the cache as well
+            peak = max(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) - before
+            torch.cuda.empty_cache()
+        return max(0, int(peak))
+
+    def close(self) -> None:
+        with torch.cuda.device(self.device):
+            torch.cuda.empty_cache()
