@@ -11,9 +11,8 @@ taken away, so a model or backend that reads what it must not shows it at once.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -26,11 +25,14 @@ from interlace.model_config import ModelConfig
 from interlace.testing.paging import Pager
 from interlace.testing.reference import ReferenceAttention
 
-Result = TypeVar("Result")
+MakeContext = Callable[[Mapping[int, LayerCache], Sequence[Any]], ForwardContext]
 
 
 class ModelHarness:
-    """One model on one rank with a KV cache of `num_blocks` blocks. Sequences are named by the caller."""
+    """One model on one rank with a KV cache of `num_blocks` blocks. Sequences are named by the caller.
+
+    Several of them are the ranks of one model if each has its `parallel` (`interlace.testing.ranks`) and all are given
+    the same batches at a time."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class ModelHarness:
         block_size: int = 4,
         num_blocks: int = 512,
         max_model_len: int = 256,
-        context: Callable[[list[LayerCache], list[Any]], ForwardContext] = ForwardContext,
+        context: MakeContext = ForwardContext,
         program: bool = False,
     ) -> None:
         """`context` makes the state each step is given, for tests that watch what a model does with it. `program`: run
@@ -78,11 +80,14 @@ class ModelHarness:
                     caches[j] = torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
                     caches[j].fill_(torch.nan)
                 self._layers[layer] = LayerCache(backend, caches[j].view(layout.shape), number)
+        here = parallel.layers_here(len(specs))
+        self._layers = {layer: cache for layer, cache in sorted(self._layers.items()) if layer in here}
+        self._has_head = parallel.is_last_stage
         windows = [group.window for group in self.groups]
         self._pager = Pager(windows, block_size, num_blocks, max_model_len, device)
         self._program: StepProgram | None = None
         if program:
-            layers = [self._layers[layer] for layer in range(len(self._layers))]
+            layers = list(self._layers.values())
             with torch.inference_mode():
                 made = build.kernels.compile_step(self.model, layers, max_model_len, max_model_len)
             if isinstance(made, str):
@@ -90,16 +95,20 @@ class ModelHarness:
             self._program = made
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32."""
+        """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32; of a
+        pipeline stage before the last, nothing for each."""
         with torch.inference_mode():
             batch = self._pager.next_batch(tokens)
             if self._program is not None:
                 logits = self._program.run(batch, range(batch.num_tokens))[1].clone()
                 return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
             metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
-            ctx = self._context([self._layers[layer] for layer in range(len(self._layers))], metadata)
-            output = self.model.forward(batch.token_ids, batch.positions, ctx)
-            logits = self.model.logits(output.hidden)
+            ctx = self._context(self._layers, metadata)
+            hidden = self.model.forward(batch.token_ids, batch.positions, ctx).hidden
+            if not self._has_head:
+                assert not len(hidden), f"a stage before the last returned hidden states of {len(hidden)} tokens"
+                return {name: torch.empty(0) for name in tokens}
+            logits = self.model.logits(hidden)
         return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
 
     def run(self, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
@@ -122,53 +131,3 @@ class ModelHarness:
     def free(self, name: str) -> None:
         """Forget a sequence and take its blocks back."""
         self._pager.free(name)
-
-
-class ThreadedParallel(Parallel):
-    """Tensor parallelism among threads of one process, for tests.
-
-    `ThreadedParallel.run(2, work)` calls `work(rank)` for both ranks, each in a thread of its own."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
-        self.rank = rank
-        self.size = size
-        self._barrier = barrier
-        self._board = board
-
-    @classmethod
-    def run(cls, size: int, work: Callable[[Parallel], Result]) -> list[Result]:
-        """The results of all ranks. If one raises, the others are not left waiting, and its error is raised here."""
-        barrier, board = threading.Barrier(size, timeout=60), [None] * size
-        ranks = [cls(rank, size, barrier, board) for rank in range(size)]
-        results: dict[int, Result] = {}
-        errors: list[Exception] = []
-
-        def run_rank(rank: ThreadedParallel) -> None:
-            try:
-                results[rank.rank] = work(rank)
-            except Exception as error:
-                errors.append(error)
-                barrier.abort()
-
-        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in ranks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
-            raise (causes or errors)[0]
-        return [results[rank] for rank in range(size)]
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._exchange(x), dim=-1)
-
-    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._board[self.rank] = x
-        self._barrier.wait()
-        everyone: list[torch.Tensor] = list(self._board)
-        self._barrier.wait()  # nobody may post again before all have read
-        return everyone

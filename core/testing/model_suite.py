@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from interlace.errors import CheckpointError
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 from interlace.interfaces.kernels import Kernels, KernelSpec
-from interlace.interfaces.model import BuildContext, ForwardContext, LayerCache, Model, Parallel
+from interlace.interfaces.model import BuildContext, ForwardContext, Model, Parallel
 from interlace.model_config import ModelConfig
 from interlace.testing.conformance import Conformance, find_offer, find_provider, shuffled, skip
-from interlace.testing.model_harness import ModelHarness, ThreadedParallel
+from interlace.testing.model_harness import MakeContext, ModelHarness
+from interlace.testing.ranks import ThreadedParallel
 from interlace.testing.reference import ReferenceAttention
 
 Weights = list[tuple[str, torch.Tensor]]
@@ -44,8 +45,10 @@ class ModelConformance(Conformance):
     model: ClassVar[str | type[Model]]
     attention: ClassVar[str | type[AttentionBackend]] = ReferenceAttention
     kernels: ClassVar[str | type[Kernels]] = Kernels
-    tensor_parallel: ClassVar[Sequence[int]] = (2, 4)
-    """Numbers of ranks the model of the configuration can be split over."""
+    tensor_parallel: ClassVar[Sequence[int]] = (2, 3, 4)
+    """Numbers of tensor ranks the model of the configuration can be split over."""
+    pipeline_parallel: ClassVar[Sequence[int]] = (2,)
+    """Numbers of pipeline stages, at most one per layer; looked at if the model says `supports_pipeline`."""
     num_tokens: ClassVar[int] = 29
     """Length of the sequences; more than a sliding window, at most the model's positions."""
     tolerance: ClassVar[float] = 1e-5
@@ -68,7 +71,8 @@ class ModelConformance(Conformance):
 
     @classmethod
     def parameters(cls) -> Mapping[str, Sequence[Any]]:
-        return {**super().parameters(), "ranks": cls.tensor_parallel, "chunk": (cls.num_tokens, 1, 7)}
+        lengths = {"chunk": (cls.num_tokens, 1, 7)}
+        return {**super().parameters(), **lengths, "ranks": cls.tensor_parallel, "stages": cls.pipeline_parallel}
 
     # ── What to compare with ────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,12 +141,40 @@ class ModelConformance(Conformance):
 
     def test_tensor_parallel(self, ranks: int) -> None:
         """Every rank computes what one alone computes."""
+        self._check_ranks(ranks, 1)
+
+    def test_pipeline_parallel(self, stages: int) -> None:
+        """The last stage computes what one rank alone computes."""
+        if not self.target.supports_pipeline:
+            skip("the model does not support pipeline stages")
+        self._check_ranks(1, stages)
+        for ranks in self.tensor_parallel[:1]:
+            self._check_ranks(ranks, stages)
+
+    def _check_ranks(self, ranks: int, stages: int) -> None:
         tokens = self._tokens(3)
         expected = self.reference(tokens)
-        results = ThreadedParallel.run(ranks, lambda rank: self._harness(parallel=rank).run(tokens, chunk=10))
-        for rank, result in enumerate(results):
-            self._compare(result, expected, f"rank {rank} of {ranks}")
-            assert torch.equal(result, results[0]), f"the logits of rank {rank} of {ranks} differ in bits from rank 0's"
+        results = ThreadedParallel.run(ranks, lambda rank: self._harness(parallel=rank).run(tokens, chunk=10), stages)
+        last = results[-ranks:]
+        for rank, result in enumerate(last):
+            what = (
+                f"rank {rank} of {ranks}" if stages == 1 else f"rank {rank} of {ranks} of the last of {stages} stages"
+            )
+            self._compare(result, expected, what)
+            assert torch.equal(result, last[0]), f"the logits of {what} differ in bits from rank 0's"
+
+    def test_each_rank_holds_a_part(self, ranks: int) -> None:
+        """`num_parameters` is what a rank holds: less than all, and together at least all."""
+        whole = sum(tensor.numel() for _, tensor in self.weights())
+        layouts = [(ranks, 1), *((1, stages) for stages in self.pipeline_parallel if self.target.supports_pipeline)]
+        for size, stages in layouts:
+            held = [
+                self._build(self.model_config(), torch.device("meta"), rank).num_parameters
+                for rank in ThreadedParallel.make(size, stages)
+            ]
+            assert max(held) < whole <= sum(held), (
+                f"num_parameters of {size} ranks x {stages} stages are {held}, the weights have {whole} values"
+            )
 
     def test_bfloat16_follows(self) -> None:
         tokens = self._tokens(4)
@@ -166,9 +198,8 @@ class ModelConformance(Conformance):
     def test_attention_is_used_as_declared(self) -> None:
         config = self.model_config()
         for size in (1, *self.tensor_parallel):
-            specs = self.target.attention_specs(config, size)
-            for found in ThreadedParallel.run(size, self._watch_attention):
-                self._check_use(specs, found, size)
+            for rank, found in enumerate(ThreadedParallel.run(size, self._watch_attention)):
+                self._check_use(self.target.attention_specs(config, size, rank), found, size)
 
     def _watch_attention(self, rank: Parallel) -> list[tuple[int, list[tuple[int, ...]]]]:
         """(layer, shapes of query, key and value) of every call in one forward pass."""
@@ -278,7 +309,7 @@ class ModelConformance(Conformance):
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
         dtype: str = "float32",
         parallel: Parallel | None = None,
-        context: Callable[[list[LayerCache], list[Any]], ForwardContext] = ForwardContext,
+        context: MakeContext = ForwardContext,
     ) -> ModelHarness:
         return ModelHarness(
             self.target,
@@ -291,9 +322,10 @@ class ModelConformance(Conformance):
             context=context,
         )
 
-    def _build(self, config: ModelConfig, device: torch.device) -> Model:
+    def _build(self, config: ModelConfig, device: torch.device, parallel: Parallel | None = None) -> Model:
         kernels = Kernels(Kernels.Options(), KernelSpec("float32", device.type))
-        made: Model = self.target(config, BuildContext(kernels, Parallel(), torch.float32, device, 2 * self.num_tokens))
+        context = BuildContext(kernels, parallel or Parallel(), torch.float32, device, 2 * self.num_tokens)
+        made: Model = self.target(config, context)
         return made
 
     def _compare(self, result: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float | None = None) -> None:
