@@ -12,6 +12,7 @@
     time_limit        time_limit: end what does not end by itself, at the line where it hangs
     numerics          how near each way of keeping weights comes to float32: python -m interlace.testing.numerics
     overhead          what the engine itself costs per step: python -m interlace.testing.overhead
+    fleet             Fleet: replicas behind a router, without processes; engines die when the test says so
     fakes             ScriptedClient: an engine client with known answers, for what surrounds the engine
     model_harness     ModelHarness: a model over a paged cache, without an engine
 
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interlace.testing.attention_suite import AttentionConformance
     from interlace.testing.ordering_suite import OrderingConformance
+    from interlace.testing.router_suite import RouterConformance
     from interlace.testing.scheduler_suite import SchedulerConformance
 
 SUITES: Mapping[str, str] = {
@@ -44,6 +46,7 @@ SUITES: Mapping[str, str] = {
     "LogitsProcessorConformance": "interlace.testing.logits_processor_suite",
     "ModelConformance": "interlace.testing.model_suite",
     "OrderingConformance": "interlace.testing.ordering_suite",
+    "RouterConformance": "interlace.testing.router_suite",
     "SchedulerConformance": "interlace.testing.scheduler_suite",
 }
 """Conformance suite → the module it is in."""
@@ -56,6 +59,7 @@ __all__ = [
     "LogitsProcessorConformance",
     "ModelConformance",
     "OrderingConformance",
+    "RouterConformance",
     "SchedulerConformance",
 ]
 
