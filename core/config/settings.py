@@ -191,7 +191,7 @@ class GpuSettings(Section):
 
     graphs: bool = Field(
         default=True,
-        description="Run steps in which every request decodes as device (CUDA) graphs, where the attention backend can.",
+        description="Run steps in which every request decodes as CUDA graphs, where the attention backend can.",
     )
     graph_sizes: list[Annotated[int, Field(ge=1)]] = Field(
         default=[],

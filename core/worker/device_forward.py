@@ -16,7 +16,7 @@ from interlace.sampling.device import SamplingColumns, SamplingMode
 from interlace.worker.batch import DecodeBatch, ForwardBatch
 from interlace.worker.device_batch import Array, DeviceBatch, StepInputs
 from interlace.worker.graphs import GraphKey
-from interlace.worker.step_buffers import Columns, Layout, Package, Upload
+from interlace.worker.step_buffers import Columns, Layout, Upload
 from interlace.worker.streams import Stream, Work
 
 _SAMPLING_TYPES: Mapping[str, str] = {

@@ -126,7 +126,8 @@ class DeviceRunner(ModelRunner):
             step.error = RuntimeError(f"step {plan.step_id} was not run, because a step before it failed")
             return step.future
         try:
-            self._launch(step)
+            with self._stream.current():
+                self._launch(step)
         except Exception as error:
             step.error = error
             self._failed = True

@@ -59,7 +59,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def key(self, rows: int, longest: int, mode: SamplingMode | None) -> GraphKey | None:
-        """The graph that serves a decode step of so many rows, `longest` being its longest sequence; None: none does."""
+        """The graph for a decode step of so many rows, `longest` being its longest sequence; None: there is none."""
         size = next((size for size in self.sizes if size >= rows), None)
         if size is None or self.refusal is not None:
             return None

@@ -83,8 +83,8 @@ class Upload:
         self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._stream.device)
 
     def pack(self, layout: Layout, columns: Columns, padding: Mapping[str, int] | None = None) -> Package:
-        """Write `columns` into the next host buffer, for `layout`. Where a column is shorter than its place, or missing,
-        its `padding` follows (0 if it has none there)."""
+        """Write `columns` into the next host buffer, for `layout`. Where a column is shorter than its place, or
+        missing, its `padding` follows (0 if it has none there)."""
         if self._grows and layout.num_bytes > len(self.buffer):
             self._make(2 * layout.num_bytes)
         host = self._hosts[self._next]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -54,6 +56,10 @@ class Stream(ABC):
     def peak_memory(self, work: Work) -> int:
         """Bytes of device memory that `work` takes at most beyond what is taken already. Runs it, and waits."""
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Within it, this thread's kernels go to this device, and to this stream of it."""
+        return nullcontext()
+
     @abstractmethod
     def close(self) -> None:
         """Give memory that is only kept for reuse back to the device."""
@@ -67,7 +73,7 @@ class _CudaCompletion(Completion):
         self._event.synchronize()
 
     def ready(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class CudaStream(Stream):
@@ -78,17 +84,21 @@ class CudaStream(Stream):
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share their memory
 
     def submit(self, work: Work) -> Completion:
-        with torch.cuda.device(self.device):
+        with self.current():
             work()
-            event = torch.cuda.Event(blocking=True)  # waiting for it sleeps instead of spinning
+            # blocking: waiting for it sleeps instead of spinning
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
         return _CudaCompletion(event)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
+    def current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device)
+
     def capture(self, work: Work) -> Work:
-        with torch.cuda.device(self.device):
+        with self.current():
             work()  # compiles kernels and takes workspaces, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -101,7 +111,7 @@ class CudaStream(Stream):
         torch.cuda.synchronize(self.device)
 
     def peak_memory(self, work: Work) -> int:
-        with torch.cuda.device(self.device):
+        with self.current():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -114,5 +124,5 @@ class CudaStream(Stream):
         return max(0, int(peak))
 
     def close(self) -> None:
-        with torch.cuda.device(self.device):
+        with self.current():
             torch.cuda.empty_cache()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class UniprocessExecutor(Executor):
-    """On a CPU a step runs inside `submit`, so the future it returns is already done. On a GPU `submit` hands the step to
-    the device, and the future waits for it when it is asked."""
+    """On a CPU a step runs inside `submit`, so the future it returns is already done. On a GPU `submit` hands the step
+    to the device, and the future waits for it when it is asked."""
 
     _worker: Worker | None = None
 
