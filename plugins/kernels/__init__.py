@@ -22,3 +22,10 @@ def interlace_kernels() -> Iterable[Provider]:
         summary="C++ for CPUs: AVX-512, AVX2 or portable; batch-invariant; whole steps in one call",
         api="1",
     )
+    yield Provider(
+        name="triton",
+        target="interlace.plugins.kernels.triton:TritonKernels",
+        summary="Triton for GPUs: norms, rotary embedding, activations, sampling without the host; linears by torch",
+        api="1",
+        options="interlace.interfaces.kernels:Kernels.Options",  # none of its own
+    )
