@@ -22,3 +22,15 @@ def interlace_attention() -> Iterable[Provider]:
         summary="C++ for CPUs: AVX-512, AVX2 or portable; batch-invariant; 8-bit cache as an option",
         api="1",
     )
+    yield Provider(
+        name="triton",
+        target="interlace.plugins.attention.triton:TritonAttention",
+        summary="paged attention for GPUs, in Triton: split keys at decode, device graphs; 8-bit cache as an option",
+        api="1",
+    )
+    yield Provider(
+        name="triton_invariant",
+        target="interlace.plugins.attention.triton:InvariantTritonAttention",
+        summary="as triton, and batch-invariant: bits do not depend on how a prefill is cut; slower at prefill",
+        api="1",
+    )

@@ -146,8 +146,7 @@ class TritonAttention(AttentionBackend):
         on_device = runtime.to_device(np.concatenate([cut.array for cut in cuts], axis=1), self.device)
         parts = [Pieces(*part.unbind(0)) for part in on_device.split(sizes, dim=1)]  # type: ignore[no-untyped-call]
         launches = tuple(
-            self._decode_launch(pieces, cut.count, cut.max_seq_len)
-            for pieces, cut in zip(parts, decode, strict=False)
+            self._decode_launch(pieces, cut.most, cut.max_seq_len) for pieces, cut in zip(parts, decode, strict=False)
         )
         return Metadata(slots, tables, launches, parts[-1] if prefill is not None and sizes[-1] else None)
 

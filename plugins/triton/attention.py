@@ -17,7 +17,7 @@ class DecodeLaunch(NamedTuple):
     """Pieces that one launch of the decode kernel serves."""
 
     pieces: Pieces
-    count: int
+    most: int
     """Tokens that a piece may have; a power of two."""
     slots: int
     """Splits that a piece may have."""
@@ -40,7 +40,7 @@ def decode(
     """Attend for pieces of few tokens. `query`, `out` [tokens, heads, head_size]; `out` dense."""
     shape, pieces = layer.shape, work.pieces
     num_pieces, heads = len(pieces.starts), query.shape[1]
-    places = (num_pieces, work.slots, work.count, heads) if work.slots > 1 else (1,)
+    places = (num_pieces, work.slots, work.most, heads) if work.slots > 1 else (1,)
     acc, peak, total = (torch.empty(size, dtype=torch.float32, device=query.device) for size in (
         (*places, shape.head_size), places, places
     ))  # fmt: skip
@@ -48,13 +48,13 @@ def decode(
         decode_kernel, (num_pieces, shape.num_kv_heads, work.lanes),
         query, view.data, view.scales, tables, *pieces, out, acc, peak, total,
         *query.stride()[:2], out.stride(0), view.block_stride, tables.stride(0), work.slots, layer.scale, layer.softcap,
-        **decode_constants(shape, layer.decode, work.count),
+        **decode_constants(shape, layer.decode, work.most),
     )  # fmt: skip
     if work.slots > 1:
         launch(
-            merge_kernel, (num_pieces * work.count, heads),
+            merge_kernel, (num_pieces * work.most, heads),
             *pieces[1:], out, acc, peak, total, out.stride(0), work.slots,
-            **merge_constants(shape, work.count),
+            **merge_constants(shape, work.most),
         )  # fmt: skip
 
 
@@ -110,6 +110,6 @@ def _constants(shape: LayerShape, config: KernelConfig) -> dict[str, Any]:
         "BLOCK_D": shape.block_d,
         "TILE": config.tile,
         "PRECISION": shape.precision,
-        "STAGES": config.stages,
         "num_warps": config.warps,
+        "num_stages": config.stages,
     }

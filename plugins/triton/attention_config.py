@@ -77,18 +77,16 @@ class LayerShape(NamedTuple):
 
 
 def default_decode(shape: LayerShape) -> KernelConfig:
-    """Several programs per multiprocessor, with about 100 KiB under way: reading the cache is all the work."""
+    """Two or more programs per multiprocessor, with about 100 KiB under way each: reading the cache is all the work."""
     if shape.itemsize == 4:
         return KernelConfig(_MIN_ROWS, 32, 4, 2)
-    if shape.block_d >= 256:
-        return KernelConfig(_MIN_ROWS, 32, 4, 3)
-    return KernelConfig(_MIN_ROWS, 64, 4, 3 if shape.block_d == 128 else 4)
+    return KernelConfig(_MIN_ROWS, 32 if shape.block_d >= 256 else 64, 4, 4)
 
 
 def default_prefill(shape: LayerShape) -> KernelConfig:
     """As large as registers and shared memory allow: matrix products are all the work."""
     if shape.itemsize == 4:
-        config = KernelConfig(32 if shape.block_d <= 128 else 16, 32, 4, 2)
+        config = KernelConfig(_MIN_ROWS, 32, 4, 2)
     elif shape.block_d >= 256:
         config = KernelConfig(64, 64, 4, 2)
     elif shape.is_fp8:

@@ -8,14 +8,13 @@ program runs which splits: `lanes` programs share those of a piece.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from interlace.plugins.triton.attention_parts import locate_tile, softmax_step, splits_of
-from interlace.plugins.triton.runtime import launch
+from interlace.plugins.triton.attention_parts import load_blocks, nothing_yet, softmax_step, splits_of
 
 MERGED_AT_ONCE = 8
 """Splits that the second kernel reads at a time."""
@@ -37,7 +36,6 @@ def decode_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, KV head, lane) sums splits lane, lane + lanes, … of its piece, which has at most COUNT tokens.
 
@@ -59,37 +57,36 @@ def decode_kernel(
     from_query = (start + tokens)[:, None] * query_stride + heads[:, None] * query_head_stride + channels[None, :]
     q = tl.load(query + from_query, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak, total, acc = nothing_yet(BLOCK_M, BLOCK_D)
     per_split = size // TILE
     own = (splits - lane + lanes - 1) // lanes
     skipped = tl.where(lane == 0, first // TILE - first_split * per_split, 0)
     end = own * per_split
     if lane + (own - 1) * lanes == splits - 1:  # the last split may be short
         end -= (first_split + splits) * per_split - tl.cdiv(seq_len, TILE)
-    for i in tl.range(skipped, end, num_stages=STAGES):
-        split = lane + i // per_split * lanes
-        tile = (first_split + split) * per_split + i % per_split
-        positions, block, offset = locate_tile(table, tile, seq_len, TILE, BLOCK_SIZE)
+    next_tile = (first_split + lane) * per_split + skipped
+    next_block = load_blocks(table, next_tile, seq_len, TILE, BLOCK_SIZE)
+    for i in range(skipped, end):
+        tile, block = next_tile, next_block
+        next_tile = (first_split + lane + (i + 1) // per_split * lanes) * per_split + (i + 1) % per_split
+        next_block = load_blocks(table, next_tile, seq_len, TILE, BLOCK_SIZE)
         peak, total, acc = softmax_step(
-            q, row_positions, data, scales, positions, block, offset, head, first, seq_len, peak, total, acc,
+            q, row_positions, data, scales, tile, block, head, first, seq_len, peak, total, acc,
             block_stride, scale, softcap,
-            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, WINDOW, SOFTCAP, True, PRECISION,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION,
         )  # fmt: skip
         if i % per_split == per_split - 1 or i == end - 1:
             if splits == 1:
                 to_out = (start + tokens)[:, None] * out_stride + (heads * HEAD_SIZE)[:, None] + channels[None, :]
                 tl.store(out + to_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
             else:
+                split = lane + i // per_split * lanes
                 place = (piece.to(tl.int64) * slots + split) * COUNT + tokens
                 place = place * (NUM_KV_HEADS * GROUP) + heads
                 tl.store(part_acc + place[:, None] * HEAD_SIZE + channels[None, :], acc, mask=mask)
                 tl.store(part_peak + place, peak, mask=is_row)
                 tl.store(part_total + place, total, mask=is_row)
-            peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            peak, total, acc = nothing_yet(BLOCK_M, BLOCK_D)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Parts of the attention kernels: which keys a program reads, how scores are made of them, and how a sum goes on.
 
-A program works on one piece of a sequence: some tokens next to each other, and of each the query heads that share a KV
-head. These (token, head) pairs are the rows of its matrices: row r is token r // GROUP, head r % GROUP. A piece is
+A program works on one piece of a sequence: some tokens next to each other, and of each the query heads that share a
+KV head. These (token, head) pairs are the rows of its matrices: row r is token r // GROUP, head r % GROUP. A piece is
 given by four numbers: the row of the block table, the place of its first token in the batch, how many tokens it has, and
 how many tokens the sequence has up to and including its last one.
 
@@ -57,78 +57,79 @@ def splits_of(count, seq_len, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def locate_tile(
-    table, tile, seq_len,
-    TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """(positions [TILE], block [TILE] or scalar int64, offset in the block [TILE]) of tile number `tile`."""
-    positions = tile * TILE + tl.arange(0, TILE)
-    if BLOCK_SIZE >= TILE:  # a tile lies within one block
-        block = tl.load(table + tile * TILE // BLOCK_SIZE).to(tl.int64)
-        offset = tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
+def load_blocks(table, tile, seq_len, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Which blocks hold tile number `tile`: int64, a scalar where a tile lies within one block, else [TILE]. Beyond the
+    sequence some block of it.
+
+    Loops ask for the next tile's blocks before they work on a tile. Asked for when they are needed, the table would be
+    a second stage in front of the loads of keys, and Triton would run those half as far ahead."""
+    last = (seq_len - 1) // BLOCK_SIZE
+    if BLOCK_SIZE >= TILE:
+        return tl.load(table + tl.minimum(tile * TILE // BLOCK_SIZE, last)).to(tl.int64)
     else:
-        block = tl.load(table + positions // BLOCK_SIZE, mask=positions < seq_len, other=0).to(tl.int64)
-        offset = positions % BLOCK_SIZE
-    return positions, block, offset
+        positions = tile * TILE + tl.arange(0, TILE)
+        return tl.load(table + tl.minimum(positions // BLOCK_SIZE, last)).to(tl.int64)
+
+
+@triton.jit
+def offsets_of(tile, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """[TILE]: where in its block each key of the tile lies."""
+    if BLOCK_SIZE >= TILE:
+        return tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
+    else:
+        return (tile * TILE + tl.arange(0, TILE)) % BLOCK_SIZE
 
 
 @triton.jit
 def load_vectors(
-    data, scales, block, offset, part, head, is_read, block_stride,
-    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr,
+    data, base, vectors, is_read,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Keys (`part` 0) or values (1) of one head, [TILE, BLOCK_D] in DTYPE, and their scales [TILE] (or None).
+    """[TILE, BLOCK_D] in DTYPE: vectors number `vectors` [TILE] of the block (or blocks) that begin at `base`.
 
-    What is not to be read is 0: the cache holds anything where nothing was written, and 0 * NaN would be NaN.
-    `is_read` [TILE]; None: all."""
+    `MASKED`: what is not `is_read` [TILE] is 0: the cache holds anything where nothing was written, and 0 * NaN would
+    be NaN."""
     channels = tl.arange(0, BLOCK_D)
-    vectors = (part * NUM_KV_HEADS + head) * BLOCK_SIZE + offset  # [TILE], places in the block
-    places = block * block_stride + vectors * HEAD_SIZE
-    places = places[:, None] + channels[None, :]
+    places = data + (base + vectors * HEAD_SIZE)[:, None] + channels[None, :]
     if BLOCK_D == HEAD_SIZE:
-        if is_read is None:
-            x = tl.load(data + places)
+        if MASKED:
+            x = tl.load(places, mask=is_read[:, None], other=0.0)
         else:
-            x = tl.load(data + places, mask=is_read[:, None], other=0.0)
-    elif is_read is None:
-        x = tl.load(data + places, mask=(channels < HEAD_SIZE)[None, :], other=0.0)
+            x = tl.load(places)
     else:
-        x = tl.load(data + places, mask=is_read[:, None] & (channels < HEAD_SIZE)[None, :], other=0.0)
-    if scales is None:
-        scale = None
-    elif is_read is None:
-        scale = tl.load(scales + block * (block_stride // 4) + vectors)
-    else:
-        scale = tl.load(scales + block * (block_stride // 4) + vectors, mask=is_read, other=0.0)
-    return x.to(DTYPE), scale
+        x = tl.load(places, mask=is_read[:, None] & (channels < HEAD_SIZE)[None, :], other=0.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def nothing_yet(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(peak [ROWS], total [ROWS], acc [ROWS, BLOCK_D]) before the first key."""
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    return peak, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
 
 
 @triton.jit
 def softmax_step(
-    q, row_positions, data, scales, positions, block, offset, head, first, seq_len, peak, total, acc,
+    q, row_positions, data, scales, tile, block, head, first, seq_len, peak, total, acc,
     block_stride, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys goes into the sums: the new (peak [rows], total [rows], acc [rows, BLOCK_D]).
+    """Tile number `tile`, which lies in `block`, goes into the sums: the new (peak [rows], total [rows], acc [rows,
+    BLOCK_D]).
 
     q [rows, BLOCK_D]; `row_positions` [rows]: the position of each row's token. Not `MASKED`: every row sees every key.
     """
-    is_read = None
-    if MASKED:
-        is_read = (positions >= first) & (positions < seq_len)  # [TILE]
-    k, k_scale = load_vectors(
-        data, scales, block, offset, 0, head, is_read, block_stride,
-        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, q.dtype,
-    )  # fmt: skip
-    v, v_scale = load_vectors(
-        data, scales, block, offset, 1, head, is_read, block_stride,
-        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, q.dtype,
-    )  # fmt: skip
+    positions = tile * TILE + tl.arange(0, TILE)
+    is_read = (positions >= first) & (positions < seq_len)  # [TILE]
+    keys = head * BLOCK_SIZE + offsets_of(tile, TILE, BLOCK_SIZE)  # [TILE], places in the block
+    values = keys + NUM_KV_HEADS * BLOCK_SIZE
+    k = load_vectors(data, block * block_stride, keys, is_read, HEAD_SIZE, BLOCK_D, MASKED, q.dtype)
+    v = load_vectors(data, block * block_stride, values, is_read, HEAD_SIZE, BLOCK_D, MASKED, q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [rows, TILE] float32
     if scales is not None:
-        scores = scores * k_scale[None, :]
+        base = scales + block * (block_stride // 4)
+        scores = scores * tl.load(base + keys, mask=is_read, other=0.0)[None, :]
     if SOFTCAP:
         scores = softcap * tanh(scores * (scale / softcap)) * LOG2E
     else:
@@ -144,6 +145,6 @@ def softmax_step(
     fade = tl.exp2(peak - shift)
     total = total * fade + tl.sum(weights, 1)
     if scales is not None:
-        weights = weights * v_scale[None, :]
+        weights = weights * tl.load(base + values, mask=is_read, other=0.0)[None, :]
     acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return new_peak, total, acc

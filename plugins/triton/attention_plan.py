@@ -20,7 +20,7 @@ class Cut(NamedTuple):
     """Pieces for one launch: [4, pieces] int32 in the order of `attention_decode.Pieces`."""
 
     array: npt.NDArray[np.int32]
-    count: int
+    most: int
     """Tokens that a piece has at most."""
     max_seq_len: int
 

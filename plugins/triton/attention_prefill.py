@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interlace.plugins.triton.attention_parts import locate_tile, softmax_step
+from interlace.plugins.triton.attention_parts import load_blocks, nothing_yet, softmax_step
 
 
 @triton.jit
@@ -17,15 +17,16 @@ def _walk(
     block_stride, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles `begin` to `end` go into the sums."""
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        positions, block, offset = locate_tile(table, tile, seq_len, TILE, BLOCK_SIZE)
+    next_block = load_blocks(table, begin, seq_len, TILE, BLOCK_SIZE)
+    for tile in range(begin, end):
+        block = next_block
+        next_block = load_blocks(table, tile + 1, seq_len, TILE, BLOCK_SIZE)
         peak, total, acc = softmax_step(
-            q, row_positions, data, scales, positions, block, offset, head, first, seq_len, peak, total, acc,
+            q, row_positions, data, scales, tile, block, head, first, seq_len, peak, total, acc,
             block_stride, scale, softcap,
-            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, WINDOW, SOFTCAP, MASKED, PRECISION,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, MASKED, PRECISION,
         )  # fmt: skip
     return peak, total, acc
 
@@ -36,7 +37,7 @@ def prefill_kernel(
     query_stride, query_head_stride, out_stride, block_stride, table_stride, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, KV head); a piece has at most BLOCK_M // GROUP tokens."""
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -51,9 +52,7 @@ def prefill_kernel(
     from_query = (start + tokens)[:, None] * query_stride + heads[:, None] * query_head_stride + channels[None, :]
     q = tl.load(query + from_query, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak, total, acc = nothing_yet(BLOCK_M, BLOCK_D)
     # The first token sees the fewest keys at the end, the last one the fewest at the beginning.
     end, end_whole = tl.cdiv(seq_len, TILE), (seq_len - count + 1) // TILE
     first = 0
@@ -64,18 +63,18 @@ def prefill_kernel(
         peak, total, acc = _walk(
             q, row_positions, data, scales, table, head, first, seq_len, first // TILE, begin_whole, peak, total, acc,
             block_stride, scale, softcap,
-            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION, STAGES,
+            NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION,
         )  # fmt: skip
         end_whole = tl.maximum(end_whole, begin_whole)
     peak, total, acc = _walk(
         q, row_positions, data, scales, table, head, first, seq_len, begin_whole, end_whole, peak, total, acc,
         block_stride, scale, softcap,
-        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION, STAGES,
+        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, False, PRECISION,
     )  # fmt: skip
     peak, total, acc = _walk(
         q, row_positions, data, scales, table, head, first, seq_len, end_whole, end, peak, total, acc,
         block_stride, scale, softcap,
-        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION, STAGES,
+        NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D, TILE, WINDOW, SOFTCAP, True, PRECISION,
     )  # fmt: skip
     to_out = (start + tokens)[:, None] * out_stride + (heads * HEAD_SIZE)[:, None] + channels[None, :]
     tl.store(out + to_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
