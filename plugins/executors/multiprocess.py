@@ -31,7 +31,10 @@ class MultiprocessExecutor(RanksExecutor):
         from interlace.plugins.executors.processes.processes import RankProcesses
 
         places = self.options.places(spec)
-        self._processes = RankProcesses(spec, places, ledger, on_said, on_death, MonotonicClock())
+        share_memory = self.options.shares_memory(places)
+        self._processes = RankProcesses(
+            spec, places, ledger, on_said, on_death, MonotonicClock(), share_memory=share_memory
+        )
         return self._processes
 
     @property

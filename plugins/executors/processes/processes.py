@@ -27,7 +27,7 @@ from interlace.plugins.executors.processes.child import STACKS_SIGNAL, Setup
 from interlace.plugins.executors.processes.ring import RingClosedError, RingWriter, Seat
 from interlace.plugins.executors.ranks import wire
 from interlace.plugins.executors.ranks.ledger import StepLedger, Trouble
-from interlace.plugins.executors.ranks.meeting import Rendezvous
+from interlace.plugins.executors.ranks.meeting import BoardSeat, Rendezvous, make_seats
 from interlace.remote_error import RemoteTraceback
 from interlace.spec import ResolvedSpec
 from interlace.worker.place import Place
@@ -57,12 +57,13 @@ class _Rank:
         self.socket = ours
         self.reader = MessageReader(ours)
         self.heard_all = False
+        board = meeting.board.descriptors if meeting.board is not None else ()
         setup = Setup(spec, place, seat, meeting, self.stacks, logging.getLogger("interlace").getEffectiveLevel())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", Setup.__module__, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self.stacks, inherited, *seat.descriptors),
+                pass_fds=(theirs.fileno(), self.stacks, inherited, *board, *seat.descriptors),
             )
         self.pidfd = os.pidfd_open(self.process.pid)
         message = msgspec.msgpack.encode(setup)
@@ -114,8 +115,11 @@ class RankProcesses:
         on_event: OnEvent,
         on_death: OnDeath,
         clock: Clock,
+        *,
+        share_memory: bool,
     ) -> None:
-        """`on_death`: ranks that were ready cannot go on."""
+        """`on_death`: ranks that were ready cannot go on. `share_memory`: tensor ranks of a stage exchange tensors
+        through a board."""
         self._spec = spec
         self._places = places
         self._ledger = ledger
@@ -125,6 +129,9 @@ class RankProcesses:
         self._ring = RingWriter(len(places), RING_BYTES)
         self._file = os.memfd_create("interlace-meeting")
         self._wake = os.eventfd(0)
+        self._boards: list[BoardSeat | None] = [None] * len(places)
+        if share_memory and places[0].tensor_size > 1:
+            self._boards = [seat for _ in range(places[0].num_stages) for seat in make_seats(places[0].tensor_size)]
         self._ranks: list[_Rank] = []
         self._stopping = False
         self._give_up: str | None = None
@@ -160,8 +167,9 @@ class RankProcesses:
                 os.eventfd_write(self._wake, 1)
                 self._thread.join()
         self._ring.release()
-        os.close(self._file)
-        os.close(self._wake)
+        boards = {descriptor for seat in self._boards if seat is not None for descriptor in seat.descriptors}
+        for descriptor in (*boards, self._file, self._wake):
+            os.close(descriptor)
 
     # ── the thread ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -187,8 +195,9 @@ class RankProcesses:
 
     def _spawn(self) -> None:
         meeting = Rendezvous(file=f"/proc/self/fd/{self._file}", interface="lo")
-        for place, seat in zip(self._places, self._ring.seats, strict=True):
-            self._ranks.append(_Rank(self._spec, place, seat, meeting, self._file))
+        for place, seat, board in zip(self._places, self._ring.seats, self._boards, strict=True):
+            met = msgspec.structs.replace(meeting, board=board)
+            self._ranks.append(_Rank(self._spec, place, seat, met, self._file))
 
     def _end(self) -> None:
         """Kill what still runs; afterwards nothing is left of any of them."""

@@ -1,4 +1,5 @@
-"""`TorchParallel`: what ranks exchange while they compute, over torch.distributed (gloo on CPU, nccl on GPUs).
+"""`TorchParallel`: what ranks exchange while they compute, over torch.distributed (gloo on CPU, nccl on GPUs), and on
+CPU over shared memory where they have a board.
 
 Process groups are made directly from a store and not registered in `torch.distributed`, where there is one set per
 process: two engines can live in one.
@@ -17,6 +18,7 @@ import torch
 import torch.distributed
 
 from interlace.interfaces.model import Parallel
+from interlace.plugins.executors.ranks.board import Board
 from interlace.plugins.executors.ranks.meeting import PeerLostError, Rendezvous
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class TorchParallel(Parallel):
         self.traffic = Traffic()
         self._device = torch.device(device)
         self._in_rank_order = deterministic and self.size > 2  # of two, the order makes no difference
+        self._board = Board(meeting.board) if meeting.board is not None else None
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
         self._peers: Any = None
         self._stages: Any = None
@@ -81,6 +84,8 @@ class TorchParallel(Parallel):
             return x
         x = x.contiguous()
         self.traffic.count("all_reduce", x.nbytes)
+        if self._board is not None:
+            return self._board.all_reduce(x)
         if self._in_rank_order:
             parts = self._gather(x)
             total = parts[0]
@@ -96,6 +101,8 @@ class TorchParallel(Parallel):
             return x
         x = x.contiguous()
         self.traffic.count("all_gather", x.nbytes)
+        if self._board is not None and (gathered := self._board.all_gather(x)) is not None:
+            return gathered
         return torch.cat(self._gather(x), dim=-1)
 
     def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
