@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from interlace.interfaces.executor import Executor, ExecutorEvent, ExecutorInfo
+from interlace.messages import StepPlan, StepResult
+from interlace.spec import ResolvedSpec
 from interlace.worker.streams import Completion, Stream, Work
+from interlace.worker.worker import Worker
 
 
 class FakeCompletion(Completion):
@@ -110,3 +117,37 @@ class FakeStream(Stream):
             work()
         except Exception as error:
             oldest.error = error
+
+
+class AheadExecutor(Executor):
+    """One worker that runs ahead of a `FakeStream`, as it would of a GPU; may be named in a spec."""
+
+    class Options(BaseModel):
+        """Options of the executor."""
+
+        model_config = ConfigDict(extra="forbid")
+
+        eagerness: float = Field(default=0.0, ge=0, lt=1, description="As for `FakeStream`.")
+
+    def __init__(self, options: BaseModel, stream: FakeStream | None = None) -> None:
+        super().__init__(options)
+        self.stream = stream or FakeStream(self.options.eagerness)
+        self._worker: Worker | None = None
+
+    def start(self, spec: ResolvedSpec, on_event: Callable[[ExecutorEvent], None]) -> ExecutorInfo:
+        self._worker = Worker(spec, on_event, stream=self.stream)
+        return self._worker.start()
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        if self._worker is None:
+            raise RuntimeError("the executor was not started, or was shut down")
+        return self._worker.submit(plan)
+
+    def check_health(self) -> None:
+        if self._worker is not None:
+            self._worker.check_health()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None

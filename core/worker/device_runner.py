@@ -219,9 +219,10 @@ class DeviceRunner(ModelRunner):
         token_ids: list[int] = []
         sampled = SampledRows([], {}, {})
         if slots:
-            given = take_rows(self._logits.logits, on_host) if on_host else None
+            logits = self._logits.logits[: len(slots)]  # a graph may have computed padding, too
+            given = take_rows(logits, on_host) if on_host else None
             if len(on_host) < len(slots):
-                token_ids = self._forward.sample(self._logits.logits, sampling, mode).tolist()
+                token_ids = self._forward.sample(logits, sampling, mode).tolist()
             if given is not None:
                 own = [slots[index] for index in on_host]
                 sampled = self._host_sampler.sample(given, own, self._batch.histories(own))
