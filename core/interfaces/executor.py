@@ -32,7 +32,7 @@ class ExecutorInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a started executor offers the engine core."""
 
     kv: KVCacheConfig
-    """KV groups and the number of blocks."""
+    """KV groups and the number of blocks; the bytes of a block are those of all ranks together."""
     max_in_flight: int = 1
     """Steps that may be submitted before the first one's result is taken."""
     feeds_tokens: bool = True

@@ -46,6 +46,7 @@ class ModelHarness:
         device: str = "cpu",
         kept_weights: str = "auto",
         parallel: Parallel | None = None,
+        grain: int = 1,
         block_size: int = 4,
         num_blocks: int = 512,
         max_model_len: int = 256,
@@ -62,6 +63,7 @@ class ModelHarness:
             dtype=getattr(torch, dtype),
             device=torch.device(device),
             max_model_len=max_model_len,
+            grain=grain,
         )
         with torch.inference_mode():
             self.model = model(config, build)

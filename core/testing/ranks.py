@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -148,7 +149,9 @@ class ThreadedRanks(Executor):
         self._threads = [ThreadPoolExecutor(1, f"rank {rank.place.rank}") for rank in self._ranks]
         num_blocks = min(self._on_all(lambda worker: worker.prepare()))
         self.infos = self._on_all(lambda worker: worker.start(num_blocks=num_blocks))
-        return self.infos[self._sampling]
+        info = self.infos[self._sampling]
+        nbytes = sum(rank.kv.bytes_per_block for rank in self.infos)
+        return msgspec.structs.replace(info, kv=msgspec.structs.replace(info.kv, bytes_per_block=nbytes))
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         answer: Future[StepResult] = Future()
