@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 
 import msgspec
 
 from interlace.clock import MonotonicClock
-from interlace.interfaces.executor import ExecutorInfo
+from interlace.kv.specs import KVCacheConfig
 from interlace.messages import Admission, BlockDelta, SamplingParams, StepPlan
 from interlace.spec import ResolvedSpec
 from interlace.worker.worker import Worker
@@ -29,20 +30,23 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
         return sum(value for name, value in self.parts.items() if not name.startswith("model:"))
 
 
-class StepDriver:
-    """A started worker and the plans of equal requests that decode in step. No engine: each step is all that runs."""
+class StepPlans:
+    """The plans of equal requests that decode in step. No engine: each step is all that runs."""
 
-    def __init__(self, spec: ResolvedSpec, requests: int, context: int, steps: int) -> None:
-        """Prefill `requests` prompts of `context` tokens, with room for `steps` more each."""
-        self._worker = Worker(spec, lambda event: None, MonotonicClock())
-        self.info: ExecutorInfo = self._worker.start()
+    def __init__(self, spec: ResolvedSpec, kv: KVCacheConfig, requests: int, context: int, steps: int) -> None:
+        """`requests` prompts of `context` tokens, with room for `steps` more each."""
+        self._spec = spec
+        self._kv = kv
         self._requests = requests
+        self._context = context
+        self._steps = steps
         self._number = 0
-        self._prefill(spec, context, steps)
 
-    def _prefill(self, spec: ResolvedSpec, context: int, steps: int) -> None:
-        kv, vocab = self.info.kv, spec.model_config.vocab_size
-        per_request = -(-(context + steps + WARM_UP + 1) // kv.block_size)
+    def prefill(self) -> Iterator[StepPlan]:
+        """To be run first, in this order."""
+        spec, kv, context = self._spec, self._kv, self._context
+        vocab = spec.model_config.vocab_size
+        per_request = -(-(context + self._steps + WARM_UP + 1) // kv.block_size)
         free = iter(range(1, kv.num_blocks))
         for slot in range(self._requests):
             admission = Admission(
@@ -51,7 +55,7 @@ class StepDriver:
                 token_ids=[(7 * slot + 13 * place) % vocab for place in range(context)],
                 num_prompt_tokens=context,
                 num_cached_tokens=0,
-                params=SamplingParams(max_tokens=steps + WARM_UP + 1, temperature=0.0),
+                params=SamplingParams(max_tokens=self._steps + WARM_UP + 1, temperature=0.0),
                 seed=slot,
                 sample_index=0,
                 stop_token_ids=(),
@@ -61,47 +65,45 @@ class StepDriver:
             while done < context:  # in chunks as a step's budget cuts them
                 part = min(context - done, spec.limits.max_num_batched_tokens)
                 first = done == 0
-                plan = StepPlan(
+                yield StepPlan(
                     step_id=self._next_id(),
                     slots=[slot],
                     num_tokens=[part],
                     sample=[done + part == context],
-                    blocks=blocks if first else [BlockDelta([], [], []) for _ in kv.groups],
+                    blocks=blocks if first else self._no_blocks(),
                     admitted=[admission] if first else [],
                 )
-                self._worker.execute(plan)
                 done += part
 
-    def _next_id(self) -> int:
-        self._number += 1
-        return self._number
-
-    def decode_plan(self) -> StepPlan:
+    def decode(self) -> StepPlan:
         """The next token of every request."""
         return StepPlan(
             step_id=self._next_id(),
             slots=list(range(self._requests)),
             num_tokens=[1] * self._requests,
             sample=[True] * self._requests,
-            blocks=[BlockDelta([], [], []) for _ in self.info.kv.groups],
+            blocks=self._no_blocks(),
         )
 
-    def profile(self) -> dict[str, float]:
-        """Seconds by part of one decode step."""
-        return self._worker.profile(self.decode_plan())
+    def _no_blocks(self) -> list[BlockDelta]:
+        return [BlockDelta([], [], []) for _ in self._kv.groups]
 
-    def close(self) -> None:
-        self._worker.shutdown()
+    def _next_id(self) -> int:
+        self._number += 1
+        return self._number
 
 
 def profile_step(spec: ResolvedSpec, requests: int, context: int, steps: int) -> StepProfile:
     """Medians over `steps` decode steps of `requests` requests, the first of them at `context` tokens each."""
-    driver = StepDriver(spec, requests, context, steps)
+    worker = Worker(spec, lambda event: None, MonotonicClock())
     try:
+        plans = StepPlans(spec, worker.start().kv, requests, context, steps)
+        for plan in plans.prefill():
+            worker.execute(plan)
         for _ in range(WARM_UP):
-            driver.profile()
-        profiles = [driver.profile() for _ in range(steps)]
+            worker.profile(plans.decode())
+        profiles = [worker.profile(plans.decode()) for _ in range(steps)]
     finally:
-        driver.close()
+        worker.shutdown()
     parts = {name: 1e6 * statistics.median(one[name] for one in profiles) for name in profiles[0]}
     return StepProfile(requests=requests, context=context, steps=steps, parts=parts)

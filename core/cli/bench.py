@@ -119,9 +119,9 @@ def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the benchmark and print its report; everything else goes to stderr."""
     if args.benchmark is None:
-        names = ("throughput", "latency", "prefill", "startup", "host", "kernels", "step", "serve")
+        names = ("throughput", "latency", "prefill", "startup", "host", "executor", "kernels", "step", "serve")
         raise UsageError(f"which benchmark? interlace bench {', bench '.join(names)}")
-    if args.benchmark in ("startup", "host", "kernels", "step"):
+    if args.benchmark in ("startup", "host", "executor", "kernels", "step"):
         from interlace.cli import bench_parts
 
         return bench_parts.run(args, loaded)

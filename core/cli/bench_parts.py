@@ -1,4 +1,4 @@
-"""`interlace bench host`, `kernels`, `step` and `startup`: parts of an engine, each measured alone."""
+"""`interlace bench host`, `executor`, `kernels`, `step`, `startup`: parts of an engine, each measured alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def add_parts(benchmarks: Any) -> None:
         "thousand requests of 1,024 tokens. The selected scheduler plans.",
     )
     _add_repeat(host, "runs, of which the best counts (5)")
+    executor = benchmarks.add_parser(
+        "executor",
+        help="what the executor adds to a step",
+        description="Time decode steps on the selected executor against what its worker says of them: the rest is "
+        "handing out plans and bringing back results. Counts what is said for it, and what ranks exchange.",
+    )
+    executor.add_argument("--requests", default="1,16,256", metavar="N,…", help="requests of a step (1,16,256)")
+    executor.add_argument("--steps", type=int, default=200, metavar="N", help="steps; medians are reported (200)")
     kernels = benchmarks.add_parser(
         "kernels",
         help="each op against the limits of the machine",
@@ -46,7 +54,7 @@ def add_parts(benchmarks: Any) -> None:
     )
     startup.add_argument("--packages", type=int, metavar="N", help="generated packages")
     _add_repeat(startup, "counted runs (5)")
-    for parser in (host, kernels, step, startup):
+    for parser in (host, executor, kernels, step, startup):
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -58,7 +66,8 @@ def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the one that was asked for."""
     if getattr(args, "repeat", 1) < 1:
         raise UsageError("--repeat must be at least 1")
-    return {"host": _host, "kernels": _kernels, "step": _step, "startup": _startup}[args.benchmark](args, loaded)
+    parts = {"host": _host, "executor": _executor, "kernels": _kernels, "step": _step, "startup": _startup}
+    return parts[args.benchmark](args, loaded)
 
 
 def _print_json(report: Any) -> None:
@@ -88,6 +97,47 @@ def _host(args: argparse.Namespace, loaded: LoadedSettings) -> int:
             f"1,000 requests of 1,024 tokens, {added.shared_tokens} of them shared: "
             f"{added.add_ms:.1f} ms to add, {added.hash_ms:.1f} ms to hash, {added.admit_ms:.1f} ms to admit"
         )
+    return 0
+
+
+def _executor(args: argparse.Namespace, loaded: LoadedSettings) -> int:
+    from interlace.plugin_manager import PluginManager
+    from interlace.resolve import resolve
+
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    counts = args.requests.split(",")
+    most = spec.limits.max_num_seqs
+    if args.steps < 1 or not all(count.isdecimal() and 1 <= int(count) <= most for count in counts):
+        raise UsageError(f"--requests takes numbers from 1 to {most} with commas between them; --steps at least 1")
+
+    from interlace.bench.executor import ExecutorReport, measure_executor
+
+    measured = []
+    for found in measure_executor(spec, [int(count) for count in counts], args.steps):
+        measured.append(found)
+        _say(f"{found.requests} requests: {found.overhead_us:.0f} µs of {found.step_us:.0f}")
+    chosen = spec.executor
+    if args.json:
+        _print_json(ExecutorReport(executor=chosen.name, options=chosen.options, steps=measured))
+        return 0
+    from interlace.cli.tables import print_table
+
+    print(f"executor {chosen.name}: medians of {args.steps} decode steps\n")
+    print_table(
+        ("requests", "µs a step", "in the worker", "overhead", "plan", "result", "exchanged by a rank"),
+        (
+            [
+                f"{one.requests}",
+                f"{one.step_us:.0f}",
+                f"{one.worker_us:.0f}",
+                f"{one.overhead_us:.0f}",
+                f"{one.plan_bytes} B",
+                f"{one.result_bytes} B",
+                ", ".join(f"{kind} {nbytes} B" for kind, nbytes in one.exchanged_bytes.items()) or "nothing",
+            ]
+            for one in measured
+        ),
+    )
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from interlace.tokenizer import Tokenizer
 
 MESSAGE = "broken on purpose"
+CRASH_STATUS = 3
 
 
 class UnreadableCheckpoint(Checkpoint):
@@ -35,6 +38,32 @@ class UnreadableCheckpoint(Checkpoint):
         raise CheckpointError(MESSAGE)
 
 
+class StuckCheckpoint(UnreadableCheckpoint):
+    """Its weights never come."""
+
+    def weights(self) -> NoReturn:
+        threading.Event().wait()
+        raise AssertionError("nobody sets it")
+
+
+class CrashingCheckpoint(UnreadableCheckpoint):
+    """Whoever reads its weights is gone, without a word."""
+
+    def weights(self) -> NoReturn:
+        os._exit(CRASH_STATUS)
+
+
+class StuckProcessor(LogitsProcessor):
+    """A step with a request that names it never ends."""
+
+    def add(self, slot: int, args: Any, prompt_token_ids: Sequence[int]) -> None: ...
+
+    def remove(self, slot: int) -> None: ...
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[LogitsRow]) -> None:
+        threading.Event().wait()
+
+
 class FailingProcessor(LogitsProcessor):
     """Fails the rows of requests that name it, and harms no other."""
 
@@ -49,6 +78,21 @@ class FailingProcessor(LogitsProcessor):
 def unreadable() -> Component:
     """`UnreadableCheckpoint` as part of a spec."""
     return Component(kind="checkpoints", name="unreadable", target=f"{__name__}:UnreadableCheckpoint")
+
+
+def stuck_loading() -> Component:
+    """`StuckCheckpoint` as part of a spec."""
+    return Component(kind="checkpoints", name="stuck", target=f"{__name__}:StuckCheckpoint")
+
+
+def crashing() -> Component:
+    """`CrashingCheckpoint` as part of a spec."""
+    return Component(kind="checkpoints", name="crashing", target=f"{__name__}:CrashingCheckpoint")
+
+
+def stuck() -> Component:
+    """`StuckProcessor` as part of a spec."""
+    return Component(kind="logits_processors", name="stuck", target=f"{__name__}:StuckProcessor")
 
 
 def failing() -> Component:

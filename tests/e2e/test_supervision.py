@@ -164,8 +164,9 @@ async def test_a_crash_loop_ends(tiny, caplog):
     async with serve(settings) as llm:
         dead = asyncio.ensure_future(llm.wait_dead())
         for attempt in range(3):
-            with pytest.raises(RequestFailedError, match="scripted failure of step 2"):
+            with pytest.raises(EngineDeadError, match="the scripted executor is broken") as caught:
                 await collect(llm, params=LONG)
+            assert "scripted failure of step 2" in str(caught.value.__cause__.__cause__), "the traceback of the child"
             if attempt < 2:
                 await restarted(llm, attempt + 1)
         error = await asyncio.wait_for(dead, 20)

@@ -18,10 +18,11 @@ def parse_cores(text: str, allowed: set[int] | None = None) -> tuple[int, ...]:
     allowed = os.sched_getaffinity(0) if allowed is None else allowed
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ConfigError(f"executor option cores: '{text}' is no list of processors; write it like `0-3,8`")
-        found.update(range(int(first), int(last or first) + 1))
+        found.update(range(int(first), int(last) + 1))
     if foreign := sorted(found - allowed):
         raise ConfigError(
             f"executor option cores: '{text}' names processor {foreign[0]}, which this process may not use; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -112,12 +114,18 @@ class RankRunner:
                 raise ValueError(f"executor {self._spec.executor.name} offers no operation '{operation}'")
 
     def _describe(self) -> dict[str, Any]:
-        """Operation `ranks`: what this rank is and has done."""
+        """Operation `ranks`: what this rank is and has done. `resident_bytes` are the most it ever had."""
         place = self.place
+        traffic = getattr(self._parallel, "traffic", None)
         return {
             "rank": place.rank,
             "stage": place.stage,
             "tensor_rank": place.tensor_rank,
             "device": place.device or self._spec.device,
+            "pid": os.getpid(),
+            "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "processor_seconds": sum(os.times()[:2]),
             "steps": self._num_steps,
+            "exchanges": dict(traffic.calls) if traffic else {},
+            "exchanged_bytes": dict(traffic.nbytes) if traffic else {},
         }

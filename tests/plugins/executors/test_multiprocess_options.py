@@ -1,0 +1,91 @@
+"""Where ranks are and what they may use: options, devices, processors."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+from pydantic import ValidationError
+
+from interlace.errors import ConfigError
+from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
+from interlace.plugins.executors.ranks.options import RankOptions
+from interlace.testing.executor import scripted_spec
+
+
+def places(device="cpu", threads=8, **options):
+    spec = msgspec.structs.replace(scripted_spec("none:None"), device=device, threads=threads)
+    return RankOptions(**options).places(spec)
+
+
+def test_one_rank_has_everything():
+    (place,) = places()
+    assert (place.rank, place.world, place.samples, place.threads, place.sharers) == (0, 1, True, 8, 1)
+
+
+def test_ranks_go_stage_by_stage_and_share_the_threads():
+    found = places(tensor_parallel=2, pipeline_parallel=3)
+    assert [(place.stage, place.tensor_rank, place.rank) for place in found] == [
+        (0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3), (2, 0, 4), (2, 1, 5)
+    ]  # fmt: skip
+    assert [place.samples for place in found] == [False, False, False, False, True, False]
+    assert {(place.threads, place.sharers, place.device) for place in found} == {(1, 6, "cpu")}
+    assert {place.threads for place in places(tensor_parallel=2, threads_per_rank=5)} == {5}
+
+
+def test_devices():
+    assert [place.device for place in places("cuda", tensor_parallel=2)] == ["cuda:0", "cuda:1"]
+    assert [place.device for place in places("cuda:2", pipeline_parallel=2)] == ["cuda:2", "cuda:3"]
+    named = places("cuda", tensor_parallel=3, devices=["cuda:5", "cuda:5", "cuda:1"])
+    assert [(place.device, place.sharers) for place in named] == [("cuda:5", 2), ("cuda:5", 2), ("cuda:1", 1)]
+    with pytest.raises(ConfigError, match=r"devices has 1 entries for 2 ranks \(tensor_parallel = 2 x"):
+        places(tensor_parallel=2, devices=["cpu"])
+
+
+def test_shared_memory_is_for_the_cpu():
+    assert RankOptions().shares_memory(places())
+    assert not RankOptions(all_reduce="gloo").shares_memory(places())
+    assert not RankOptions().shares_memory(places("cuda"))
+    with pytest.raises(ConfigError, match="all_reduce = 'shared_memory' is for ranks on the CPU"):
+        RankOptions(all_reduce="shared_memory").shares_memory(places("cuda"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tensor_parallel": 0}, {"all_reduce": "mpi"}, {"cores": "all"}, {"start_timeout_s": 0}, {"ranks": 2}]
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        RankOptions(**wrong)
+
+
+def test_lists_of_processors():
+    allowed = set(range(12))
+    assert parse_cores("0-3,8", allowed) == (0, 1, 2, 3, 8)
+    assert parse_cores(" 5 , 2-2", allowed) == (2, 5)
+    for wrong in ("", "a", "3-1", "1-", "-1", "1;2"):
+        with pytest.raises(ConfigError, match="is no list of processors; write it like `0-3,8`"):
+            parse_cores(wrong, allowed)
+    with pytest.raises(ConfigError, match=r"names processor 12, which this process may not use; allowed are 0, 1,"):
+        parse_cores("10-13", allowed)
+
+
+def test_cores_are_dealt_whole(tmp_path):
+    """Eight processors, two to a core, numbered as is common: 0 and 4 are one core."""
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    assert deal_cores(2, set(range(8)), tmp_path) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert deal_cores(3, set(range(8)), tmp_path) == [(0, 4), (1, 5), (2, 3, 6, 7)]
+    assert deal_cores(1, {1, 5, 2}, tmp_path) == [(1, 2, 5)]
+    with pytest.raises(ConfigError, match="needs a core for each of 3 ranks; this process may use 2"):
+        deal_cores(3, {1, 5, 2}, tmp_path)
+
+
+def test_bound_ranks_take_their_processors_threads():
+    mine = sorted(os.sched_getaffinity(0))
+    (place,) = places(cores=[str(mine[0])])
+    assert (place.cores, place.threads) == ((mine[0],), 0), "as many threads as the worker finds for its processors"
+    with pytest.raises(ConfigError, match="cores has 1 entries for 2 ranks"):
+        places(tensor_parallel=2, cores=["0"])
