@@ -27,6 +27,8 @@ from interlace.errors import EngineDeadError
 from interlace.interfaces.executor import ExecutorInfo
 from interlace.spec import ResolvedSpec
 
+logger = logging.getLogger("interlace.engine")
+
 STOP_TIMEOUT = 10.0
 """Seconds a child is given to end by itself before it is killed."""
 ABORT_TIMEOUT = 2.0
@@ -66,18 +68,33 @@ class SubprocessClient(CommandClient):
         except BaseException:
             self._release()
             raise
-        level = logging.getLogger("interlace").getEffectiveLevel()
-        self._commands.send(msgspec.msgpack.encode((self._spec, level)))
         ready: Future[ExecutorInfo] = Future()
         self._thread = threading.Thread(
             target=self._receive, args=(ready, on_output, on_death, on_event), name="interlace-client", daemon=True
         )
-        self._thread.start()
         try:
+            self._send_setup()
+            self._thread.start()
             return ready.result()
         except BaseException:
             self.shutdown()
             raise
+
+    def _send_setup(self) -> None:
+        """Tell the child what it is to run, once it listens; if it ends before that, `_receive` will say so."""
+        assert self._process is not None
+        level = logging.getLogger("interlace").getEffectiveLevel()
+        process_fd = os.pidfd_open(self._process.pid)
+        try:
+            poller = zmq.Poller()
+            poller.register(self._commands, zmq.POLLOUT)
+            poller.register(process_fd, zmq.POLLIN)
+            if self._commands in dict(poller.poll()):
+                self._commands.send(msgspec.msgpack.encode((self._spec, level)), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.debug("the engine process ended before it was told what to run")
+        finally:
+            os.close(process_fd)
 
     def _receive(
         self, ready: Future[ExecutorInfo], on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None
@@ -164,7 +181,10 @@ class SubprocessClient(CommandClient):
         with self._send_lock:
             if self._commands.closed:
                 raise EngineDeadError("the engine was shut down")
-            self._commands.send(encode(command))
+            try:
+                self._commands.send(encode(command), zmq.NOBLOCK)
+            except zmq.Again:  # there is no limit to what may wait, so nobody listens: it has died this very moment
+                raise EngineDeadError(f"the engine process (pid {self._process.pid}) is gone") from None
 
     def shutdown(self) -> None:
         with self._closing_lock:
@@ -177,8 +197,9 @@ class SubprocessClient(CommandClient):
             self._process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+            thread.join()
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._release()

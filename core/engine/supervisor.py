@@ -65,7 +65,12 @@ class Supervisor(EngineClient):
         return info
 
     def add(self, requests: list[EngineRequest]) -> None:
-        self._engine().add(requests)
+        try:
+            self._engine().add(requests)
+        except EngineRestartingError:
+            raise
+        except EngineDeadError as error:
+            raise self._foresee(error) from error.__cause__
 
     def abort(self, request_ids: list[str]) -> None:
         self._engine().abort(request_ids)
@@ -80,10 +85,8 @@ class Supervisor(EngineClient):
         except EngineSilentError as error:
             found = EngineHealth(status="degraded", reason=str(error))
         except EngineDeadError as error:
-            # It may have died this very moment, and the thread that decides what follows is yet to do so.
-            verdict = self._refusal or error
-            hope = verdict is error and len(self._deaths) < self._max_restarts
-            restarting = hope or isinstance(verdict, EngineRestartingError)
+            verdict = self._foresee(error)
+            restarting = isinstance(verdict, EngineRestartingError)
             found = EngineHealth(status="restarting" if restarting else "dead", reason=str(verdict))
         return msgspec.structs.replace(found, restarts=self._restarts, last_cause=self._last_cause)
 
@@ -97,6 +100,14 @@ class Supervisor(EngineClient):
             client.shutdown()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _foresee(self, error: EngineDeadError) -> EngineDeadError:
+        """What will be said of a death: the engine may have died this very moment, and the thread that decides what
+        follows is yet to do so."""
+        with self._lock:
+            if self._refusal is not None:
+                return dead_again(self._refusal)
+            return EngineRestartingError(str(error)) if len(self._deaths) < self._max_restarts else error
 
     def _engine(self) -> EngineClient:
         """The client of the running engine. Raises why there is none."""
