@@ -11,7 +11,8 @@ from interlace.plugins.executors.cluster.options import RayOptions
 from interlace.plugins.executors.ranks.executor import RanksExecutor
 
 if TYPE_CHECKING:
-    from interlace.plugins.executors.ranks.executor import OnDeath, OnSaid, Ranks
+    from interlace.plugins.executors.cluster.ranks import ClusterRanks
+    from interlace.plugins.executors.ranks.executor import OnDeath, OnSaid
     from interlace.plugins.executors.ranks.ledger import StepLedger
     from interlace.spec import ResolvedSpec
 
@@ -25,10 +26,23 @@ class RayExecutor(RanksExecutor):
     class Options(RayOptions):
         """Options of the ray executor."""
 
-    def make_ranks(self, spec: ResolvedSpec, ledger: StepLedger, on_said: OnSaid, on_death: OnDeath) -> Ranks:
+    _cluster: ClusterRanks | None = None
+
+    def make_ranks(self, spec: ResolvedSpec, ledger: StepLedger, on_said: OnSaid, on_death: OnDeath) -> ClusterRanks:
         if find_spec("ray") is None:
             raise ConfigError("executor.use is 'ray', but Ray is not installed: pip install 'interlace[ray]'")
         from interlace.plugins.executors.cluster.ranks import ClusterRanks
 
         self.options.check(spec)
-        return ClusterRanks(spec, self.options, ledger, on_said, on_death, MonotonicClock())
+        self._cluster = ClusterRanks(spec, self.options, ledger, on_said, on_death, MonotonicClock())
+        return self._cluster
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids in the order of ranks, each on its own node; for supervision and tests."""
+        return [] if self._cluster is None else [seat.pid for seat in self._cluster.seats]
+
+    @property
+    def launcher_pid(self) -> int:
+        """Process id of the child that speaks to Ray; 0 before the start. For supervision and tests."""
+        return 0 if self._cluster is None else self._cluster.launcher_pid

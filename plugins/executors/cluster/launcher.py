@@ -71,7 +71,7 @@ class Launcher:
                 self._channel.send(encode(Refused(RemoteError.of(error))))
                 return
             self._channel.send(encode(Placed(self._seats)))
-            self._watch()
+            self._watch(questions)
             while (question := questions.get()) is not None:
                 self._channel.send(encode(Gone(question.rank, self._explain(question.rank))))
         finally:
@@ -171,16 +171,15 @@ class Launcher:
 
     # ── afterwards ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _watch(self) -> None:
-        """Tell of each actor that ends, from a thread of Ray's."""
+    def _watch(self, questions: queue.SimpleQueue[Why | None]) -> None:
+        """What Ray finds out by itself is told, too."""
         for rank, serving in enumerate(self._serving):
 
-            def tell(done: Any, rank: int = rank) -> None:
-                error = done.exception()
-                if error is not None:
-                    self._channel.send(encode(Gone(rank, _reason(error))))
+            def ask(done: Any, rank: int = rank) -> None:  # in a thread of Ray's
+                if done.exception() is not None:
+                    questions.put(Why(rank))
 
-            serving.future().add_done_callback(tell)
+            serving.future().add_done_callback(ask)
 
     def _explain(self, rank: int) -> str:
         """Why a rank has closed its connection. Ray knows at once of a process that ended; of a node only after it has
@@ -189,9 +188,12 @@ class Launcher:
         if done:
             try:
                 ray.get(done)
+            except ray.exceptions.ActorUnavailableError:
+                pass  # Ray does not know yet
             except Exception as error:
                 return _reason(error)
-            return "it ended by itself"
+            else:
+                return "it ended by itself"
         seat = self._seats[rank]
         for node in ray.nodes():
             if node["NodeID"] == seat.node_id:

@@ -95,6 +95,11 @@ class ClusterRanks:
         """Where the ranks are, in order."""
         return [rank.seat for rank in self._ranks]
 
+    @property
+    def launcher_pid(self) -> int:
+        """Process id of the child that speaks to Ray."""
+        return self._launcher.pid
+
     def start(self) -> None:
         """Place all ranks and connect to them; they then wait for messages. Raises the true cause if that fails."""
         level = logging.getLogger("interlace").getEffectiveLevel()
