@@ -192,7 +192,8 @@ def _auto(loaded: LoadedSettings, registry: Registry, order: list[str]) -> Itera
         )
     for place, name in enumerate(installed, start=1):
         offer = registry.get(name, f"{section}.auto_order")
-        yield _component(loaded, offer, name, f"auto, choice {place} of {len(installed)}")
+        component = _component(loaded, offer, name, f"auto, choice {place} of {len(installed)}")
+        yield msgspec.structs.replace(component, automatic=True)
 
 
 def _named(loaded: LoadedSettings, registry: Registry, names: Sequence[str], key: str) -> tuple[Component, ...]:

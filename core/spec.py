@@ -34,6 +34,8 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     reason: str = ""
     """Why it was chosen, for the start-up log."""
+    automatic: bool = False
+    """One of those that `auto` asks; its class may say that it should not be (`auto_refusal`)."""
     uses: dict[str, tuple[Component, ...]] = {}
     """Option → the plugins of other kinds that it names, in order (see `Scheduler.uses`)."""
 

@@ -124,6 +124,12 @@ class Kernels:
             return f"keeps linear weights as auto, bf16 or float32, not as '{spec.weights}'"
         return None
 
+    @classmethod
+    def auto_refusal(cls, device: str) -> str | None:
+        """None, or why `kernels.use = "auto"` should not ask this provider on `device` although it may run there, as a
+        clause."""
+        return None
+
     def describe(self, op: str) -> str:
         """How this instance runs `op`, in a few words, for the start-up log; may be empty."""
         return ""

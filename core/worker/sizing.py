@@ -60,13 +60,18 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return (self.kv.num_blocks - 1) // max(1, len(self.kv.groups)) * self.kv.block_size
 
 
-def _choose(kind: str, candidates: tuple[Component, ...], what: str, ask: Any) -> tuple[Component, str]:
+def _auto_refusal(component: Component, target: Any, device: str) -> str | None:
+    reason: str | None = target.auto_refusal(device) if component.automatic else None
+    return reason
+
+
+def _choose(kind: str, candidates: tuple[Component, ...], what: str, device: str, ask: Any) -> tuple[Component, str]:
     """The first candidate whose class gives no reason against; the reason names what the others said."""
     against: list[str] = []
     for component in candidates:
         target = component.load()
         with component.blamed():
-            reason = ask(target)
+            reason = _auto_refusal(component, target, device) or ask(target)
         if reason is None:
             why = component.reason if not against else f"{component.reason}; {'; '.join(against)}"
             return component, why
@@ -104,6 +109,7 @@ def plan_attention(spec: ResolvedSpec, model: type[Model], parallel: Parallel | 
             "attention",
             spec.attention,
             f"{layer.kind} attention of head size {layer.head_size}",
+            spec.device,
             lambda target, layer=layer: _attention_refusal(target, layer, spec),
         )
         backends.append(component.build(layer, block_size, spec.dtype, spec.device))
@@ -138,19 +144,21 @@ class ResolvedKernels(Kernels):
 def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, ...]]:
     """Resolve every op: the first candidate that has its own and supports it, else the reference."""
     kernel_spec = KernelSpec(spec.dtype, spec.device, spec.weights, spec.deterministic)
-    providers = []
-    for component in spec.kernels:
-        provider = component.build(kernel_spec)
-        providers.append((component, type(provider), provider))
+    candidates = [(component, component.load()) for component in spec.kernels]
+    providers: dict[str, Kernels] = {}  # built when they win an op: what cannot run here is not built
     ops: dict[str, Any] = {}
     won: dict[str, dict[str, list[str]]] = {}  # provider → how it runs them → ops
     against: dict[str, None] = {}
     for op in OPS:
-        for component, target, provider in providers:
+        for component, target in candidates:
             if getattr(target, op) is getattr(Kernels, op):
                 continue
-            reason = _op_refusal(target, op, kernel_spec)
+            with component.blamed():
+                reason = _auto_refusal(component, target, spec.device) or _op_refusal(target, op, kernel_spec)
             if reason is None:
+                if component.name not in providers:
+                    providers[component.name] = component.build(kernel_spec)
+                provider = providers[component.name]
                 ops[op] = getattr(provider, op)
                 won.setdefault(component.name, {}).setdefault(provider.describe(op), []).append(op)
                 break

@@ -44,6 +44,10 @@ class TritonKernels(Kernels):
             return f"computes in {', '.join(_DTYPES)}, not in {spec.dtype}"
         return runtime.refusal(spec.device)
 
+    @classmethod
+    def auto_refusal(cls, device: str) -> str | None:
+        return runtime.auto_refusal(device)
+
     def describe(self, op: str) -> str:
         return "interpreted" if torch.device(self.spec.device).type == "cpu" else ""
 

@@ -46,6 +46,11 @@ def refusal(device: str) -> str | None:
     return None
 
 
+def auto_refusal(device: str) -> str | None:
+    """Why `auto` passes Triton kernels over on `device`, if it should. Does not import triton."""
+    return "Triton kernels are for GPUs" if torch.device(device).type == "cpu" else None
+
+
 def dtype_refusal(dtype: str, device: str) -> str | None:
     """None if kernels compute in `dtype` on `device`, else the reason against. `refusal` was None."""
     allowed = ["bfloat16", "float16", "float32"]

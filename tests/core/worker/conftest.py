@@ -28,7 +28,7 @@ def tiny_spec(tmp_path: Path) -> Callable[..., ResolvedSpec]:
 
     def make(graphs: bool = True, **settings: Any) -> ResolvedSpec:
         (tmp_path / "config.json").write_text(json.dumps(MODEL))
-        loaded = load_settings({"model": str(tmp_path), **SETTINGS, **settings}, env={})
+        loaded = load_settings({"model": str(tmp_path), **SETTINGS, "threads": 1, **settings}, env={})
         spec = resolve(loaded, PluginManager(loaded.settings))
         return msgspec.structs.replace(spec, attention=(GRAPHS,)) if graphs else spec
 

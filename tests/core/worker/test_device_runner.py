@@ -1,4 +1,4 @@
-"""The device runner gives the tokens of the plain one, however late the device is: `FakeStream` is as late as it may."""
+"""The device runner gives the tokens of the plain one, however late the device: `FakeStream` is as late as it may be."""
 
 from __future__ import annotations
 
@@ -24,33 +24,62 @@ def alone(drive, spec, prompt, **params):
     return driver.tokens[request]
 
 
+def add_plain_traffic(driver, source):
+    """Requests that need nothing from the host: greedy, and drawn in all ways that the device knows."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+        {"temperature": 1.3, "min_p": 0.05},
+        {"temperature": 1.0, "stop_token_ids": list(range(0, 300, 9))},
+    ]
+    shared = [source.randrange(300) for _ in range(20)]
+    for number in range(12):
+        prompt = shared[: source.choice((0, 8, 17))] + [source.randrange(300) for _ in range(source.randint(1, 40))]
+        params = kinds[source.randrange(len(kinds))] if number else kinds[0]
+        driver.add(prompt, seed=source.randrange(1 << 40), max_tokens=source.randint(1, 24), **params)
+
+
+TRAFFIC = {"device only": add_plain_traffic, "with host features": add_traffic}
+
+
 def rows_of(driver, slot=0):
     return sum(plan.slots.count(slot) for plan, _ in driver.steps)
 
 
-@pytest.mark.parametrize("eagerness", [0.0, 0.5])
+@pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("seed", range(2))
-def test_traffic_has_the_tokens_of_the_plain_runner(tiny_spec, drive, graphs, eagerness, seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_traffic_has_the_tokens_of_the_plain_runner(tiny_spec, drive, traffic, graphs, seed):
     """Chunked prefill, prefix hits, preemption, mixed steps, penalties, log probabilities, seeds."""
     spec = tiny_spec(graphs)
-    plain, ahead = drive(spec, WorkerExecutor()), drive(spec, stream := FakeStream(eagerness, seed))
+    plain, ahead = drive(spec, WorkerExecutor()), drive(spec, stream := FakeStream((0.0, 0.3, 0.6)[seed], seed))
     for driver in (plain, ahead):
-        add_traffic(driver, random.Random(seed))
+        TRAFFIC[traffic](driver, random.Random(seed))
         driver.run()
     assert ahead.tokens == plain.tokens
     assert ahead.most_in_flight == 2
     assert (stream.num_replayed > 0) == graphs
-    plans = [plan for plan, _ in ahead.steps]
+    assert stream.most_waiting == 2 or traffic == "with host features"
+
+
+def test_the_traffic_is_worth_it(tiny_spec, drive):
+    """Everything happens that could go wrong in a step that is planned while another runs."""
+    driver = drive(tiny_spec(graphs=False), FakeStream())
+    for seed in range(3):
+        add_plain_traffic(driver, random.Random(seed))
+    driver.run()
+    plans = [plan for plan, _ in driver.steps]
     assert any(plan.preempted for plan in plans)
+    assert any(plan.finished for plan in plans)
     assert any(admission.num_cached_tokens for plan in plans for admission in plan.admitted)
     assert any(1 in plan.num_tokens and max(plan.num_tokens) > 1 for plan in plans)
     assert any(not all(plan.sample) for plan in plans)
 
 
 def test_the_host_runs_ahead(tiny_spec, drive):
-    """Nothing of two steps has run when both are submitted; the first one's tokens reach the second without the host."""
-    spec = tiny_spec()
+    """Two steps wait when both are submitted; the tokens of the first reach the second without the host."""
+    spec = tiny_spec(graphs=False)
     driver = drive(spec, stream := FakeStream())
     request = driver.add([5, 6, 7], **GREEDY)
     first, second = driver.submit_all()
@@ -64,10 +93,10 @@ def test_the_host_runs_ahead(tiny_spec, drive):
 def test_any_number_of_steps_in_flight(tiny_spec, drive, depth):
     spec = tiny_spec(**{"gpu.steps_in_flight": depth})
     driver = drive(spec, FakeStream())
-    add_traffic(driver, random.Random(7))
+    add_plain_traffic(driver, random.Random(7))
     driver.run()
     plain = drive(spec, WorkerExecutor())
-    add_traffic(plain, random.Random(7))
+    add_plain_traffic(plain, random.Random(7))
     plain.run()
     assert driver.tokens == plain.tokens
     assert driver.most_in_flight == depth
@@ -117,13 +146,13 @@ def test_aborts_at_any_time(tiny_spec, drive, seed):
     source = random.Random(seed)
     plain, ahead = drive(spec, WorkerExecutor()), drive(spec, FakeStream(0.3, seed))
     for driver in (plain, ahead):
-        add_traffic(driver, random.Random(seed))
+        add_plain_traffic(driver, random.Random(seed))
     plain.run()
     aborted = set()
     while ahead.step():
         ahead.submit_all()
         if source.random() < 0.2:
-            aborted.add(f"r{source.randrange(10)}")
+            aborted.add(f"r{source.randrange(12)}")
             ahead.core.abort(sorted(aborted), 0.0)
         ahead.core.check_integrity()
     for request, tokens in plain.tokens.items():
@@ -135,7 +164,9 @@ def test_only_rows_that_need_the_host_are_sampled_there(tiny_spec, drive, monkey
     """A neighbour with a penalty changes nothing about how a request is sampled."""
     seen = []
     sample = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", lambda self, logits, slots, rest: seen.append(slots) or sample(self, logits, slots, rest))
+    monkeypatch.setattr(
+        Sampler, "sample", lambda self, logits, slots, rest: seen.append(slots) or sample(self, logits, slots, rest)
+    )
     spec = tiny_spec()
     driver = drive(spec, FakeStream())
     seeded = driver.add([3, 4], seed=11, temperature=1.0, top_p=0.8, max_tokens=6)
@@ -208,7 +239,9 @@ def test_a_plan_that_cannot_be_launched(tiny_spec, drive):
     failing, follower = driver.submit(bad), driver.submit(after)
     assert good.result().token_ids
     assert isinstance(failing.exception(), IndexError)
-    assert "step 90 before it failed" in str(follower.exception()) or "a step before it failed" in str(follower.exception())
+    assert "step 90 before it failed" in str(follower.exception()) or "a step before it failed" in str(
+        follower.exception()
+    )
     assert driver.submit(after).result().counts == []
 
 
