@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from interlace.plugins.triton.runtime import launch
+from interlace.plugins.triton.runtime import is_interpreted, launch
 
 FP8_MAX = tl.constexpr(448.0)
 """The largest e4m3 number."""
@@ -58,85 +58,67 @@ def round_to_fp8(x):
 
 @triton.jit
 def store_vectors(
-    x,
-    data,
-    scales,
-    slot,
-    part,
-    heads,
-    block_stride,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Keep one token's vectors `x` [heads, BLOCK_D], float32 or the cache's type, in `slot`; `part` 0: keys, 1: values.
-
-    `heads`: the KV head of each row; rows with a head too many are left out. Other kernels that make keys and values
-    call this, too."""
+    x, data, scales, slots, heads, part, is_row, block_stride,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keep vectors `x` [rows, BLOCK_D], each of the KV head `heads` [rows] in slot `slots` [rows] int64, where `is_row`
+    [rows]; `part` 0: keys, 1: values."""
     channels = tl.arange(0, BLOCK_D)
-    block = slot // BLOCK_SIZE
-    vectors = (part * NUM_KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE  # [heads], places in the block
-    is_real = (heads < NUM_KV_HEADS)[:, None] & (channels < HEAD_SIZE)[None, :]
-    places = block * block_stride + vectors[:, None] * HEAD_SIZE + channels[None, :]
+    block = slots // BLOCK_SIZE
+    vectors = (part * NUM_KV_HEADS + heads) * BLOCK_SIZE + slots % BLOCK_SIZE  # [rows], places in the block
+    mask = is_row[:, None] & (channels < HEAD_SIZE)[None, :]
+    places = (block * block_stride + vectors * HEAD_SIZE)[:, None] + channels[None, :]
     if scales is not None:
-        wide = tl.where(is_real, x.to(tl.float32), 0.0)
+        wide = tl.where(mask, x.to(tl.float32), 0.0)
         largest = tl.max(tl.abs(wide), 1)
         scale = tl.where(largest > 0.0, largest / FP8_MAX, 1.0)
-        tl.store(scales + block * (block_stride // 4) + vectors, scale, mask=heads < NUM_KV_HEADS)
+        tl.store(scales + block * (block_stride // 4) + vectors, scale, mask=is_row)
         x = round_to_fp8(tl.clamp(wide / scale[:, None], -FP8_MAX, FP8_MAX))
-    tl.store(data + places, x.to(data.dtype.element_ty), mask=is_real)
+    tl.store(data + places, x.to(data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def write_kv_kernel(
-    key,
-    value,
-    data,
-    scales,
-    slots,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    block_stride,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per token. A negative slot is of a token that only fills up a batch."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
-    if slot < 0:
-        return
-    heads, channels = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    is_real = (heads < NUM_KV_HEADS)[:, None] & (channels < HEAD_SIZE)[None, :]
-    from_key = token * key_stride + heads[:, None] * key_head_stride + channels[None, :]
-    k = tl.load(key + from_key, mask=is_real, other=0.0)
-    store_vectors(k, data, scales, slot, 0, heads, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D)
-    from_value = token * value_stride + heads[:, None] * value_head_stride + channels[None, :]
-    v = tl.load(value + from_value, mask=is_real, other=0.0)
-    store_vectors(v, data, scales, slot, 1, heads, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D)
+    key, value, data, scales, slots, num_tokens,
+    key_stride, key_head_stride, value_stride, value_head_stride, block_stride,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program keeps TOKENS tokens. A negative slot is of a token that only fills up a batch."""
+    rows, channels = tl.arange(0, TOKENS * BLOCK_H), tl.arange(0, BLOCK_D)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + rows // BLOCK_H
+    heads = rows % BLOCK_H
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
+    is_row = (slot >= 0) & (heads < NUM_KV_HEADS)
+    mask = is_row[:, None] & (channels < HEAD_SIZE)[None, :]
+    from_key = (tokens * key_stride + heads * key_head_stride)[:, None] + channels[None, :]
+    k = tl.load(key + from_key, mask=mask, other=0.0)
+    store_vectors(k, data, scales, slot, heads, 0, is_row, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D)
+    from_value = (tokens * value_stride + heads * value_head_stride)[:, None] + channels[None, :]
+    v = tl.load(value + from_value, mask=mask, other=0.0)
+    store_vectors(v, data, scales, slot, heads, 1, is_row, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D)
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, view: CacheView, slots: torch.Tensor, block_size: int) -> None:
     """Keep `key`, `value` [tokens, kv_heads, head_size] at `slots` [tokens] int64 of the cache; negative: nowhere."""
     tokens, num_kv_heads, head_size = key.shape
-    constants: dict[str, Any] = write_constants(num_kv_heads, block_size, head_size)
+    constants = write_constants(num_kv_heads, block_size, head_size, is_interpreted())
     key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
     strides = (*key.stride()[:2], *value.stride()[:2], view.block_stride)
-    launch(write_kv_kernel, (tokens,), key, value, view.data, view.scales, slots, *strides, **constants)
+    grid = (-(-tokens // constants["TOKENS"]),)
+    launch(write_kv_kernel, grid, key, value, view.data, view.scales, slots, tokens, *strides, **constants)
 
 
-def write_constants(num_kv_heads: int, block_size: int, head_size: int) -> dict[str, Any]:
-    """Compile-time arguments of `write_kv_kernel`."""
+def write_constants(num_kv_heads: int, block_size: int, head_size: int, interpreted: bool = False) -> dict[str, Any]:
+    """Compile-time arguments of `write_kv_kernel`. The interpreter pays per program, not per value."""
+    block_h, block_d = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_size)
+    tokens = max(1, (65536 if interpreted else 2048) // (block_h * block_d))
     return {
         "NUM_KV_HEADS": num_kv_heads,
         "BLOCK_SIZE": block_size,
         "HEAD_SIZE": head_size,
-        "BLOCK_H": triton.next_power_of_2(num_kv_heads),
-        "BLOCK_D": triton.next_power_of_2(head_size),
-        "num_warps": 4 if num_kv_heads * head_size >= 512 else 1,
+        "TOKENS": triton.next_power_of_2(tokens),
+        "BLOCK_H": block_h,
+        "BLOCK_D": block_d,
+        "num_warps": 4,
     }

@@ -1,0 +1,110 @@
+"""Tuned figures: found, kept, read again, and ignored where they are no use. No GPU is measured here."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from interlace.plugins.triton import tuning, tuning_cases
+from interlace.plugins.triton.attention_config import KernelConfig, LayerShape, default_decode, default_prefill
+from interlace.plugins.triton.tuning import TuningStore, choose_configs, find_best
+
+SHAPE = LayerShape(8, 4, 128, 64, 2, False, 0, False)
+FIGURES = KernelConfig(16, 32, 2, 3)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+
+def test_the_fastest_that_runs_wins():
+    times = {FIGURES: 2.0, FIGURES._replace(warps=4): 1.0, FIGURES._replace(warps=8): RuntimeError("out of resource")}
+
+    def measure(config):
+        if isinstance(times[config], Exception):
+            raise times[config]
+        return times[config]
+
+    assert find_best(times, measure).warps == 4
+
+
+def test_all_failing_is_an_error():
+    def measure(config):
+        raise RuntimeError("out of resource")
+
+    with pytest.raises(RuntimeError, match="out of resource"):
+        find_best([FIGURES], measure)
+
+
+def test_what_is_kept_is_read(tmp_path):
+    one, two = TuningStore(tmp_path / "new", "H200"), TuningStore(tmp_path / "new", "H200")
+    one.put("a", FIGURES)
+    two.put("b", FIGURES._replace(tile=64))
+    assert one.get("a") == FIGURES and one.get("b").tile == 64
+    assert one.get("c") is None and TuningStore(tmp_path / "new", "A100").get("a") is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [1],
+        {"rows": 16},
+        {"rows": 16, "tile": 48, "warps": 4, "stages": 2},
+        {"rows": 16, "tile": 256, "warps": 4, "stages": 2},
+        {"rows": 16, "tile": 64, "warps": "4", "stages": 2},
+        {"rows": 16, "tile": 64, "warps": 4, "stages": 0},
+        {"rows": 16, "tile": 64, "warps": 4, "stages": 2, "more": 1},
+    ],
+)
+def test_edited_figures_are_ignored(entry, tmp_path):
+    (tmp_path / "attention-H200.json").write_text(json.dumps({"a": entry}))
+    assert TuningStore(tmp_path, "H200").get("a") is None
+
+
+def test_a_broken_file_is_a_warning(tmp_path, caplog):
+    (tmp_path / "attention-H200.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert TuningStore(tmp_path, "H200").get("a") is None
+    assert "attention-H200.json" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        TuningStore(tmp_path / "file", "H200").put("a", FIGURES)
+    assert "tuning_dir" in caplog.text
+
+
+def test_the_first_start_measures_nothing(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning_cases, "make_measure", None)
+    found = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), False)
+    assert found == (default_decode(SHAPE), default_prefill(SHAPE))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tuning_is_done_once(gpu, tmp_path, monkeypatch):
+    asked = []
+
+    def make_measure(kind, shape, dtype, device):
+        asked.append(kind)
+        return lambda config: config.tile + config.stages + config.warps
+
+    monkeypatch.setattr(tuning_cases, "make_measure", make_measure)
+    first = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), True)
+    again = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), False)
+    assert first == again != (default_decode(SHAPE), default_prefill(SHAPE))
+    assert asked == ["decode", "prefill"]
+    assert choose_configs(SHAPE, "float16", "cuda:0", str(tmp_path), False)[0] == default_decode(SHAPE)
+
+
+def test_candidates_are_sound():
+    for shape in (SHAPE, SHAPE._replace(head_size=256), SHAPE._replace(group=64), SHAPE._replace(is_fp8=True)):
+        candidates = [*tuning.decode_candidates(shape), *tuning.prefill_candidates(shape)]
+        assert candidates
+        for config in candidates:
+            assert tuning._is_sound(config._asdict()), config
