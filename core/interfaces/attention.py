@@ -6,7 +6,7 @@ A backend owns the layout of the cache and writes it. One instance serves one KV
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -61,6 +61,27 @@ class CacheLayout(msgspec.Struct, frozen=True):
     nbytes: int
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms of single heads, as `Kernels.rms_norm` computes them."""
+
+    query: torch.Tensor
+    """[head_size], the weight for queries."""
+    key: torch.Tensor
+    """[head_size], the weight for keys."""
+    eps: float
+    unit_offset: bool = False
+    """The weights are stored less 1."""
+
+
+class HeadTurn(NamedTuple):
+    """What stands between a layer's projections and its attention: heads are normed, where the model does that, then
+    turned by their positions. The same for every step."""
+
+    cos_sin: torch.Tensor
+    """[max_position, rotary] float32, as `Kernels.rope` takes it."""
+    norms: HeadNorms | None = None
+
+
 class AttentionBackend(ABC):
     """Paged attention. Block 0 is the null block: never written for a real token, never read unmasked."""
 
@@ -75,6 +96,9 @@ class AttentionBackend(ABC):
     """Which batches `forward` may be captured for in a device graph: `none`, or `decode`, which means that
     `prepare_decode` is there."""
 
+    turns_heads: bool = False
+    """Whether `forward_turned` is there; an instance may decide by its options."""
+
     def __init__(self, options: BaseModel, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> None:
         self.options: Any = options
         self.spec = spec
@@ -86,6 +110,12 @@ class AttentionBackend(ABC):
     @abstractmethod
     def supports(cls, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> str | None:
         """None if this backend can serve such layers here, else the reason against, as a clause."""
+
+    @classmethod
+    def auto_refusal(cls, device: str) -> str | None:
+        """None, or why `attention.use = "auto"` should not ask this backend on `device` although it may run there, as a
+        clause."""
+        return None
 
     @abstractmethod
     def cache_layout(self, num_blocks: int) -> CacheLayout:
@@ -127,3 +157,18 @@ class AttentionBackend(ABC):
         `query` is [tokens, heads, head_size]; returns [tokens, heads, head_size]. Query head h reads KV head
         h // (heads / kv_heads). Causal: a token sees its own sequence up to itself (and within the window).
         """
+
+    def forward_turned(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: Any,
+        turn: HeadTurn,
+    ) -> torch.Tensor:
+        """As `forward`, but `query` and `key` come straight from the projections: the backend norms and turns them, as
+        `turn` says for `positions` [tokens] int64, before it writes and attends. For backends that do all of it in one
+        launch. Only called where `turns_heads`; may be captured where `forward` may."""
+        raise NotImplementedError(f"{type(self).__name__} states turns_heads without forward_turned")

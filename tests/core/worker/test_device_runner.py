@@ -1,4 +1,4 @@
-"""The device runner gives the tokens of the plain one, however late the device: `FakeStream` is as late as it may be."""
+"""The device runner gives the tokens of the plain one, however late the device is: `FakeStream` is late on purpose."""
 
 from __future__ import annotations
 
