@@ -41,7 +41,7 @@ class RayOptions(RankOptions):
             )
         if self.devices:
             self._check_length("devices", len(self.devices))
-        if isinstance(self.cores, list):
+        if self.cores and self.cores != ["auto"]:
             self._check_length("cores", len(self.cores))
         kinds = sorted({device.partition(":")[0] for device in self.devices})
         if len(kinds) > 1:
@@ -69,9 +69,9 @@ class RayOptions(RankOptions):
         from interlace.worker.threads import plan_threads
 
         cores: tuple[int, ...] = ()
-        if self.cores == "auto":
+        if self.cores == ["auto"]:
             cores = deal_cores(count)[index]
-        elif self.cores != "none":
+        elif self.cores:
             cores = parse_cores(self.cores[rank])
         device = self.device(spec)
         share = 0 if cores else max(1, plan_threads(spec.threads).count // count)

@@ -40,8 +40,8 @@ def deal_cores(num_ranks: int, allowed: set[int] | None = None, topology: Path =
         cores.setdefault(_core(processor, topology), []).append(processor)
     if len(cores) < num_ranks:
         raise ConfigError(
-            f"executor option cores = 'auto' needs a core for each of {num_ranks} ranks; this process may use "
-            f"{len(cores)}. Use fewer ranks, or cores = 'none'"
+            f"executor option cores = ['auto'] needs a core for each of {num_ranks} ranks; this process may use "
+            f"{len(cores)}. Use fewer ranks, or leave cores empty"
         )
     groups = list(cores.values())
     bounds = [rank * len(groups) // num_ranks for rank in range(num_ranks + 1)]

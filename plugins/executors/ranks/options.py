@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from interlace.errors import ConfigError
+from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
 
 if TYPE_CHECKING:
     from interlace.spec import ResolvedSpec
     from interlace.worker.place import Place
+
+
+logger = logging.getLogger("interlace.executors")
 
 
 class RankOptions(BaseModel):
@@ -32,10 +37,10 @@ class RankOptions(BaseModel):
     threads_per_rank: int = Field(
         default=0, ge=0, description="CPU threads of each rank; 0: an equal share of what `threads` stands for."
     )
-    cores: Literal["none", "auto"] | list[str] = Field(
-        default="none",
-        description="Processors each rank is bound to: `none`, `auto` (an equal share each), or one list per rank, "
-        "such as `0-3,8`.",
+    cores: list[str] = Field(
+        default=[],
+        description="Processors each rank is bound to, one entry per rank, such as `0-3`; or `auto` alone: an equal "
+        "share each. Empty: not bound.",
     )
     all_reduce: Literal["auto", "gloo", "shared_memory"] = Field(
         default="auto",
@@ -58,7 +63,10 @@ class RankOptions(BaseModel):
 
         devices = self._devices(spec.device)
         cores = self._cores()
-        share = max(1, plan_threads(spec.threads).count // self.world)
+        threads = plan_threads(spec.threads).count
+        if threads < self.world and spec.device == "cpu":
+            logger.warning("%d ranks share %d threads: each waits for the others' turns", self.world, threads)
+        share = max(1, threads // self.world)
         return [
             Place(
                 tensor_rank=rank % self.tensor_parallel,
@@ -91,15 +99,11 @@ class RankOptions(BaseModel):
         return [device] * self.world
 
     def _cores(self) -> list[tuple[int, ...]]:
-        if self.cores == "none":
+        if not self.cores:
             return [()] * self.world
-        if self.cores == "auto":
-            from interlace.plugins.executors.ranks.cores import deal_cores
-
+        if self.cores == ["auto"]:
             return deal_cores(self.world)
         self._check_length("cores", len(self.cores))
-        from interlace.plugins.executors.ranks.cores import parse_cores
-
         return [parse_cores(text) for text in self.cores]
 
     def _check_length(self, option: str, length: int) -> None:

@@ -52,7 +52,7 @@ def test_shared_memory_is_for_the_cpu():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tensor_parallel": 0}, {"all_reduce": "mpi"}, {"cores": "all"}, {"start_timeout_s": 0}, {"ranks": 2}]
+    "wrong", [{"tensor_parallel": 0}, {"all_reduce": "mpi"}, {"cores": 4}, {"start_timeout_s": 0}, {"ranks": 2}]
 )
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValidationError):

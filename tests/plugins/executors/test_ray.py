@@ -84,7 +84,7 @@ def test_what_ray_is_asked_for(spec):
 
 
 def test_ranks_of_a_node_share_it(spec):
-    options = RayOptions(tensor_parallel=2, pipeline_parallel=2, cores="none")
+    options = RayOptions(tensor_parallel=2, pipeline_parallel=2)
     place = options.place(spec, rank=3, index=1, count=2)
     assert (place.stage, place.tensor_rank, place.rank, place.sharers) == (1, 1, 3, 2)
     assert place.threads == max(1, options.place(spec, rank=0, index=0, count=1).threads // 2)
