@@ -91,5 +91,10 @@ use = ["${name}"]
 and then in the requests that want it: `SamplingParams(logits_processors={"${name}": {"strength": 0.5}})`.
 """,
     ),
+    "routers": Example(
+        "requests with the same label go to the same replica",
+        "Requests with the same label (such as the user) go to the same replica, unless that is too busy.",
+        _in_section("router", 'label = "user"').rstrip() + "\n\nIt has a say where `engine.replicas` is more than 1.\n",
+    ),
 }
 """By kind."""
