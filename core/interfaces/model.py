@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from interlace.interfaces.attention import AttentionBackend, AttentionSpec
+from interlace.interfaces.attention import AttentionBackend, AttentionSpec, HeadTurn
 
 if TYPE_CHECKING:
     from interlace.interfaces.kernels import Kernels
@@ -101,6 +101,23 @@ class ForwardContext:
         """Paged attention of attention layer `layer`; shapes as in `AttentionBackend.forward`."""
         backend, cache, group = self.layers[layer]
         return backend.forward(query, key, value, cache, self.metadata[group])
+
+    def turns_heads(self, layer: int) -> bool:
+        """Whether attention layer `layer` is called by `attend_turned`."""
+        return self.layers[layer].backend.turns_heads
+
+    def attend_turned(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        turn: HeadTurn,
+    ) -> torch.Tensor:
+        """The same for queries and keys that are yet to be normed and turned; see `AttentionBackend.forward_turned`."""
+        backend, cache, group = self.layers[layer]
+        return backend.forward_turned(query, key, value, positions, cache, self.metadata[group], turn)
 
 
 class ModelOutput(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from interlace.interfaces.attention import AttentionSpec
+from interlace.interfaces.attention import AttentionSpec, HeadNorms, HeadTurn
 from interlace.interfaces.model import BuildContext, ForwardContext
 from interlace.layers.linear import QKVLinear, RowParallelLinear
 from interlace.layers.norm import RMSNorm
@@ -64,12 +64,19 @@ class Attention:
                 RMSNorm(build, weights.at("q_norm"), size, config.norm_eps, unit_offset),
                 RMSNorm(build, weights.at("k_norm"), size, config.norm_eps, unit_offset),
             )
+        norms = None
+        if self._norms is not None:
+            norms = HeadNorms(self._norms[0].weight, self._norms[1].weight, config.norm_eps, unit_offset)
+        self._turn = HeadTurn(rotary.cos_sin, norms)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         query, key, value = (
             part.view(-1, heads, self._head_size)
             for part, heads in zip(torch.split(self._qkv(hidden), self._sizes, dim=-1), self._heads, strict=True)
         )  # [tokens, heads, head_size]
+        if ctx.turns_heads(self._layer):
+            attended = ctx.attend_turned(self._layer, query, key, value, positions, self._turn)
+            return self._out(attended.flatten(1))
         if self._norms is not None:
             query, key = self._norms[0](query), self._norms[1](key)
         query, key = self._rotary(query, key, positions)

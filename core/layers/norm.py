@@ -15,14 +15,15 @@ class RMSNorm:
         self, build: BuildContext, weights: WeightTable, size: int, eps: float, unit_offset: bool = False
     ) -> None:
         self._kernels = build.kernels
-        self._weight = torch.empty(size, dtype=build.dtype, device=build.device)
+        self.weight = torch.empty(size, dtype=build.dtype, device=build.device)
+        """[size], filled while loading."""
         self._eps = eps
         self._unit_offset = unit_offset
-        weights.expect("weight", (size,), self._weight.copy_)
+        weights.expect("weight", (size,), self.weight.copy_)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(x, self._weight, self._eps, self._unit_offset)
+        return self._kernels.rms_norm(x, self.weight, self._eps, self._unit_offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); `residual` may be overwritten."""
-        return self._kernels.add_rms_norm(x, residual, self._weight, self._eps, self._unit_offset)
+        return self._kernels.add_rms_norm(x, residual, self.weight, self._eps, self._unit_offset)

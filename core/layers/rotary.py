@@ -30,13 +30,14 @@ class RotaryEmbedding:
     ) -> None:
         table = rope_table(parameters, head_size, max_position_embeddings, build.max_model_len)
         self._rope = build.kernels.rope
-        self._cos_sin = table.to(build.device)
+        self.cos_sin = table.to(build.device)
+        """[max_model_len, rotary] float32: cosines, then sines."""
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [tokens, heads, head_size], key [tokens, kv_heads, head_size], positions [tokens]."""
-        return self._rope(query, key, positions, self._cos_sin)
+        return self._rope(query, key, positions, self.cos_sin)
 
 
 def rope_table(

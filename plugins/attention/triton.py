@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from interlace.interfaces.attention import AttentionBackend, AttentionSpec, CacheLayout
+from interlace.interfaces.attention import AttentionBackend, AttentionSpec, CacheLayout, HeadTurn
 from interlace.plugins.triton import runtime
 from interlace.plugins.triton.attention_config import LayerShape, decode_lanes, power_of_two
 from interlace.plugins.triton.attention_plan import Cut, cut_invariant, cut_rows
@@ -22,6 +22,7 @@ from interlace.worker.batch import DecodeBatch, ForwardBatch
 if TYPE_CHECKING:
     from interlace.plugins.triton.attention import DecodeLaunch
     from interlace.plugins.triton.attention_decode import Pieces
+    from interlace.plugins.triton.kv_cache import CacheView
 
 MAX_HEAD_SIZE = 256
 _MIN_BLOCK_SIZE = 16
@@ -62,6 +63,11 @@ class TritonAttention(AttentionBackend):
         tuning_dir: str = Field(
             default="~/.cache/interlace/triton", description="Where what `tune` found is kept, and looked for."
         )
+        fuse: bool = Field(
+            default=True,
+            description="Norm and turn heads and write keys and values in one launch, instead of leaving norms and "
+            "rotary embedding to the kernels.",
+        )
 
     graph_support = "decode"
     _is_invariant: ClassVar[bool] = False
@@ -71,6 +77,7 @@ class TritonAttention(AttentionBackend):
         from interlace.plugins.triton.attention import Layer
         from interlace.plugins.triton.tuning import choose_configs
 
+        self.turns_heads = self.options.fuse
         self._is_fp8 = self.options.kv_dtype == "fp8"
         itemsize = torch.empty(0, dtype=getattr(torch, dtype)).itemsize
         window = spec.window if spec.kind == "window" else 0
@@ -86,6 +93,10 @@ class TritonAttention(AttentionBackend):
     @classmethod
     def supports(cls, spec: AttentionSpec, block_size: int, dtype: str, device: str) -> str | None:
         return runtime.refusal(device) or runtime.dtype_refusal(dtype, device) or layer_refusal(spec, block_size)
+
+    @classmethod
+    def auto_refusal(cls, device: str) -> str | None:
+        return runtime.auto_refusal(device)
 
     def cache_layout(self, num_blocks: int) -> CacheLayout:
         """[blocks, 2 (keys, values), KV heads, block_size, head_size]; with 8 bits [blocks, bytes], see
@@ -118,12 +129,40 @@ class TritonAttention(AttentionBackend):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, metadata: Any
     ) -> torch.Tensor:
-        from interlace.plugins.triton import attention
-        from interlace.plugins.triton.kv_cache import view_cache, write_kv
+        from interlace.plugins.triton.kv_cache import write_kv
+
+        view = self._view(cache)
+        write_kv(key, value, view, metadata.slots, self.block_size)
+        return self._attend(query, view, metadata)
+
+    def forward_turned(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: Any,
+        turn: HeadTurn,
+    ) -> torch.Tensor:
+        from interlace.plugins.triton.rope import CacheSlots, rope
+
+        view = self._view(cache)
+        slots = CacheSlots(view, metadata.slots, self.block_size)
+        query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+        query, _ = rope(query, key, positions, turn.cos_sin, turn.norms, value, slots)
+        return self._attend(query, view, metadata)
+
+    def _view(self, cache: torch.Tensor) -> CacheView:
+        from interlace.plugins.triton.kv_cache import view_cache
 
         shape = self.shape
-        view = view_cache(cache, shape.num_kv_heads, shape.block_size, shape.head_size, shape.is_fp8)
-        write_kv(key, value, view, metadata.slots, shape.block_size)
+        return view_cache(cache, shape.num_kv_heads, shape.block_size, shape.head_size, shape.is_fp8)
+
+    def _attend(self, query: torch.Tensor, view: CacheView, metadata: Metadata) -> torch.Tensor:
+        """Over what the cache holds by now."""
+        from interlace.plugins.triton import attention
+
         query = query if query.stride(2) == 1 else query.contiguous()
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for work in metadata.decode:

@@ -54,25 +54,62 @@ def _mass_in_row(row_ptr, vocab, divisor, peak, floor, least_key, least_weight, 
 
 
 @triton.jit
+def _cut_in_list(x, peak, top_k, top_p, is_limited, masses):
+    """Thresholds from the listed logits x [parts, listed]: whether they are found here, the least key that top_k keeps,
+    the bits of the least weight that top_p keeps, masses [parts] of what is kept."""
+    keys = order(x)
+    least_key = tl.zeros((), tl.uint32)
+    if is_limited:
+        for index in range(32):
+            trial = least_key | bit(index)
+            least_key = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= top_k, trial, least_key)
+    weights = tl.exp(x - peak)
+    bits, own = _bits(weights), tl.where(keys >= least_key, fixed(weights), 0)
+    mass = tl.sum(own)
+    wanted = _nucleus_mass(top_p, tl.where(is_limited, mass, tl.sum(masses, axis=0)))
+    least_weight = tl.zeros((), tl.uint32)
+    if mass >= wanted:
+        for index in range(1, 32):
+            trial = least_weight | bit(index)
+            heavy = tl.sum(tl.where(bits >= trial, own, 0))
+            least_weight = tl.where(heavy >= wanted, trial, least_weight)
+    return (
+        (mass >= wanted).to(tl.int32),
+        least_key,
+        least_weight,
+        tl.sum(tl.where(bits >= least_weight, own, 0), axis=1),
+    )
+
+
+@triton.jit
+def _cut_in_row(row_ptr, vocab, divisor, peak, floor, top_k, top_p, is_limited, parts, PART: tl.constexpr,
+                PARTS: tl.constexpr):  # fmt: skip
+    """The same from the whole row, read anew for every bit."""
+    least_key = tl.zeros((), tl.uint32)
+    if is_limited:
+        least_key = _least_key_in_row(row_ptr, vocab, divisor, top_k, parts, PART)
+    least_weight = tl.zeros((), tl.uint32)
+    wanted = _nucleus_mass(
+        top_p, _mass_in_row(row_ptr, vocab, divisor, peak, floor, least_key, least_weight, parts, PART)
+    )
+    for index in range(1, 32):
+        trial = least_weight | bit(index)
+        heavy = _mass_in_row(row_ptr, vocab, divisor, peak, floor, least_key, trial, parts, PART)
+        least_weight = tl.where(heavy >= wanted, trial, least_weight)
+    masses = tl.zeros((PARTS,), tl.int64)
+    for part in range(parts):
+        x = load_scaled(row_ptr, part * PART + tl.arange(0, PART), vocab, divisor)
+        own = tl.sum(_kept(x, peak, floor, least_key, least_weight), axis=0)
+        masses = tl.where(tl.arange(0, PARTS) == part, own, masses)
+    return least_key, least_weight, masses
+
+
+@triton.jit
 def draw_rows(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    uniforms_ptr,
-    state_ptr,
-    masses_ptr,
-    counts_ptr,
-    lists_ptr,
-    tokens_ptr,
-    vocab,
-    row_stride,
-    parts,
-    TRUNCATED: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    LISTED: tl.constexpr,
-):
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, uniforms_ptr, state_ptr, masses_ptr, counts_ptr, lists_ptr,
+    tokens_ptr, vocab, row_stride, parts,
+    TRUNCATED: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
     """tokens [rows] of the rows that are not done: the first whose cumulative mass exceeds the row's share of all."""
     row = tl.program_id(0).to(tl.int64)
     state = state_ptr + row * 3
@@ -96,36 +133,12 @@ def draw_rows(
                 columns = tl.arange(0, LISTED)
                 listed = lists_ptr + (row * PARTS + places[:, None]) * LISTED + columns[None, :]
                 x = tl.load(listed, mask=columns[None, :] < counts[:, None], other=float("-inf"))  # [PARTS, LISTED]
-                keys = order(x)
-                if is_limited:
-                    for index in range(32):
-                        trial = least_key | bit(index)
-                        least_key = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= top_k, trial, least_key)
-                bits = _bits(tl.exp(x - peak))
-                own = tl.where(keys >= least_key, fixed(tl.exp(x - peak)), 0)
-                mass = tl.sum(own)
-                wanted = _nucleus_mass(top_p, tl.where(is_limited, mass, tl.sum(masses, axis=0)))
-                if mass >= wanted:
-                    for index in range(1, 32):
-                        trial = least_weight | bit(index)
-                        heavy = tl.sum(tl.where(bits >= trial, own, 0))
-                        least_weight = tl.where(heavy >= wanted, trial, least_weight)
-                    masses = tl.sum(tl.where(bits >= least_weight, own, 0), axis=1)
-                    is_found += 1
+                is_found, least_key, least_weight, kept = _cut_in_list(x, peak, top_k, top_p, is_limited, masses)
+                masses = tl.where(is_found == 1, kept, masses)
             if is_found == 0:
-                least_key = tl.zeros((), tl.uint32)
-                if is_limited:
-                    least_key = _least_key_in_row(row_ptr, vocab, divisor, top_k, parts, PART)
-                mass = _mass_in_row(row_ptr, vocab, divisor, peak, floor, least_key, least_weight, parts, PART)
-                wanted = _nucleus_mass(top_p, mass)
-                for index in range(1, 32):
-                    trial = least_weight | bit(index)
-                    heavy = _mass_in_row(row_ptr, vocab, divisor, peak, floor, least_key, trial, parts, PART)
-                    least_weight = tl.where(heavy >= wanted, trial, least_weight)
-                for part in range(parts):
-                    x = load_scaled(row_ptr, part * PART + tl.arange(0, PART), vocab, divisor)
-                    own_mass = tl.sum(_kept(x, peak, floor, least_key, least_weight), axis=0)
-                    masses = tl.where(places == part, own_mass, masses)
+                least_key, least_weight, masses = _cut_in_row(
+                    row_ptr, vocab, divisor, peak, floor, top_k, top_p, is_limited, parts, PART, PARTS
+                )
     total = tl.sum(masses, axis=0)
     target = (tl.load(uniforms_ptr + row) * total.to(tl.float64)).to(tl.int64)
     target = tl.minimum(target, total - 1)

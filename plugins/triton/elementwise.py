@@ -6,17 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 1024
+from interlace.plugins.triton.runtime import launch
+
+BLOCK = 1024
+"""Values that one program computes."""
 
 
 def gate_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up for gate_up [tokens, 2 * size] with a dense last dimension; `silu` or `gelu` (tanh)."""
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    if out.numel():
-        _gate_mul[(tokens, triton.cdiv(size, _BLOCK))](
-            gate_up, out, size, gate_up.stride(0), GELU=activation == "gelu", BLOCK=_BLOCK
-        )
+    grid = (tokens, triton.cdiv(size, BLOCK))
+    launch(gate_mul_kernel, grid, gate_up, out, size, gate_up.stride(0), GELU=activation == "gelu", BLOCK=BLOCK)
     return out
 
 
@@ -24,8 +25,7 @@ def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
     """x * factor for x [rows, size] with a dense last dimension."""
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel():
-        _scale[(rows, triton.cdiv(size, _BLOCK))](x, out, size, x.stride(0), factor, BLOCK=_BLOCK)
+    launch(scale_kernel, (rows, triton.cdiv(size, BLOCK)), x, out, size, x.stride(0), factor, BLOCK=BLOCK)
     return out
 
 
@@ -35,10 +35,9 @@ def embedding(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     An id outside the table gives a row of NaN instead of a read of foreign memory."""
     tokens, (vocab, size) = token_ids.shape[0], weight.shape
     out = torch.empty((tokens, size), dtype=weight.dtype, device=weight.device)
-    if out.numel():
-        _embedding[(tokens, triton.cdiv(size, _BLOCK))](
-            token_ids, weight, out, vocab, size, token_ids.stride(0), weight.stride(0), BLOCK=_BLOCK
-        )
+    strides = (token_ids.stride(0), weight.stride(0))
+    grid = (tokens, triton.cdiv(size, BLOCK))
+    launch(embedding_kernel, grid, token_ids, weight, out, vocab, size, *strides, BLOCK=BLOCK)
     return out
 
 
@@ -51,7 +50,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _gate_mul(gate_up_ptr, out_ptr, size, row_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def gate_mul_kernel(gate_up_ptr, out_ptr, size, row_stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -70,7 +69,7 @@ def _gate_mul(gate_up_ptr, out_ptr, size, row_stride, GELU: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _scale(x_ptr, out_ptr, size, row_stride, factor, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, out_ptr, size, row_stride, factor, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -79,7 +78,7 @@ def _scale(x_ptr, out_ptr, size, row_stride, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _embedding(ids_ptr, weight_ptr, out_ptr, vocab, size, id_stride, row_stride, BLOCK: tl.constexpr):
+def embedding_kernel(ids_ptr, weight_ptr, out_ptr, vocab, size, id_stride, row_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from interlace.plugins.triton.runtime import launch
 
 _TILE = 1024
 """Values of short rows (heads) that one program takes on."""
@@ -16,24 +20,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: boo
     rows = x if x.dim() == 3 else x.unsqueeze(1)  # [tokens, heads, size]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, heads, size = rows.shape
-    block, tile, warps = shape_for(size)
-    num_rows = tokens * heads
-    if num_rows and size:
-        _rms_norm[(triton.cdiv(num_rows, tile),)](
-            rows,
-            weight,
-            out,
-            num_rows,
-            heads,
-            size,
-            rows.stride(0),
-            rows.stride(1),
-            eps,
-            UNIT_OFFSET=unit_offset,
-            TILE=tile,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    constants = norm_constants(size, unit_offset)
+    grid = (triton.cdiv(tokens * heads, constants["TILE"]) if size else 0,)
+    launch(rms_norm_kernel, grid, rows, weight, out, tokens * heads, heads, size, *rows.stride()[:2], eps, **constants)
     return out
 
 
@@ -43,37 +32,25 @@ def add_rms_norm(
     """`Kernels.add_rms_norm` of [tokens, size] tensors with a dense last dimension; the sum replaces `residual`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tokens, size = x.shape
-    block, tile, warps = shape_for(size)
-    if tokens and size:
-        _add_rms_norm[(triton.cdiv(tokens, tile),)](
-            x,
-            residual,
-            weight,
-            out,
-            tokens,
-            size,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            UNIT_OFFSET=unit_offset,
-            TILE=tile,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    constants = norm_constants(size, unit_offset)
+    grid = (triton.cdiv(tokens, constants["TILE"]) if size else 0,)
+    strides = (x.stride(0), residual.stride(0))
+    launch(add_rms_norm_kernel, grid, x, residual, weight, out, tokens, size, *strides, eps, **constants)
     return out, residual
 
 
-def shape_for(size: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program's tile for rows of `size` values: a function of the size alone."""
+def norm_constants(size: int, unit_offset: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels for rows of `size` values: never a matter of how many rows there are."""
     block = triton.next_power_of_2(max(size, 1))
     tile = max(1, _TILE // block)
-    return block, tile, min(max(block * tile // 256, 1), _MAX_WARPS)
+    warps = min(max(block * tile // 256, 1), _MAX_WARPS)
+    return {"UNIT_OFFSET": unit_offset, "TILE": tile, "BLOCK": block, "num_warps": warps}
 
 
 @triton.jit
-def normalise(x, weight, size, eps, mask, UNIT_OFFSET: tl.constexpr, DTYPE: tl.constexpr):
-    """x [tile, block] float32, 0 outside `mask`, normed along the last dimension; in DTYPE, rounded as the reference
-    does: before the product with the weight, or with `weight + 1` after it."""
+def _normalise(x, weight, size, eps, UNIT_OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """x [tile, block] float32, 0 where a row has ended, normed along the last dimension; in DTYPE, rounded as the
+    reference does: before the product with the weight, or with `weight + 1` after it."""
     mean = tl.sum(x * x, axis=1) / size  # [tile]
     normed = x * tl.rsqrt(mean + eps)[:, None]
     if UNIT_OFFSET:
@@ -82,7 +59,7 @@ def normalise(x, weight, size, eps, mask, UNIT_OFFSET: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def _rms_norm(
+def rms_norm_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
@@ -102,12 +79,12 @@ def _rms_norm(
     starts = rows // heads * token_stride + rows % heads * head_stride
     weight = tl.load(weight_ptr + columns, mask=columns < size, other=0.0)[None, :]
     x = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=mask, other=0.0)
-    normed = normalise(x.to(tl.float32), weight, size, eps, mask, UNIT_OFFSET, x.dtype)
+    normed = _normalise(x.to(tl.float32), weight, size, eps, UNIT_OFFSET, x.dtype)
     tl.store(out_ptr + rows[:, None] * size + columns[None, :], normed, mask=mask)
 
 
 @triton.jit
-def _add_rms_norm(
+def add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -129,5 +106,5 @@ def _add_rms_norm(
     places = residual_ptr + rows[:, None] * residual_stride + columns[None, :]
     total = (x.to(tl.float32) + tl.load(places, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
     tl.store(places, total, mask=mask)
-    normed = normalise(total.to(tl.float32), weight, size, eps, mask, UNIT_OFFSET, x.dtype)
+    normed = _normalise(total.to(tl.float32), weight, size, eps, UNIT_OFFSET, x.dtype)
     tl.store(out_ptr + rows[:, None] * size + columns[None, :], normed, mask=mask)

@@ -8,23 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from interlace.interfaces.attention import HeadNorms
 from interlace.plugins.triton.kv_cache import CacheView, store_vectors
 from interlace.plugins.triton.runtime import launch
 
 _TILE = 2048
 """Values that one program turns."""
-
-
-class HeadNorms(NamedTuple):
-    """RMS norms of single heads, before they are turned."""
-
-    query: torch.Tensor
-    """[head_size], the weight for queries."""
-    key: torch.Tensor
-    """[head_size], the weight for keys."""
-    eps: float
-    unit_offset: bool = False
-    """The weights are stored less 1."""
 
 
 class CacheSlots(NamedTuple):
@@ -124,39 +113,12 @@ def _weigh(x, query_weight, key_weight, is_query, channels, mask, UNIT_OFFSET: t
 
 @triton.jit
 def rope_kernel(
-    query,
-    key,
-    value,
-    query_weight,
-    key_weight,
-    out,
-    out_key,
-    positions,
-    table,
-    data,
-    scales,
-    slots,
-    num_positions,
-    query_stride,
-    query_head_stride,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    position_stride,
-    table_stride,
-    block_stride,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    NORM: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, value, query_weight, key_weight, out, out_key, positions, table, data, scales, slots,
+    num_positions, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
+    position_stride, table_stride, block_stride, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One token, `TILE` of its heads: queries, then keys, then (with a cache, BLOCK_SIZE > 0) values."""
     token = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -195,14 +157,13 @@ def rope_kernel(
         to_key = out_key + (token * NUM_KV_HEADS + own[:, None]) * HEAD_SIZE + channels[None, :]
         tl.store(to_key, turned, mask=((own >= 0) & is_turned)[:, None] & mask)
     else:
-        slot = tl.load(slots + token).to(tl.int64)
-        if slot >= 0:
-            # a head too many is one that is left out
-            heads = tl.where(own >= 0, own, NUM_KV_HEADS)
-            store_vectors(
-                turned, data, scales, slot, 0, heads, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D
-            )
-            heads = tl.where(own >= NUM_KV_HEADS, own - NUM_KV_HEADS, NUM_KV_HEADS)
-            store_vectors(
-                turned, data, scales, slot, 1, heads, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D
-            )
+        slot = tl.load(slots + token).to(tl.int64) + tl.zeros_like(own)  # [tile]
+        is_key = (own >= 0) & is_turned & (slot >= 0)
+        store_vectors(
+            turned, data, scales, slot, own, 0, is_key, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D
+        )
+        own -= NUM_KV_HEADS
+        is_value = (own >= 0) & (own < NUM_KV_HEADS) & (slot >= 0)
+        store_vectors(
+            turned, data, scales, slot, own, 1, is_value, block_stride, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE, BLOCK_D
+        )

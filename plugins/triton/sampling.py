@@ -4,10 +4,10 @@ A token's weight is exp(logit - largest logit) as an integer multiple of 2^-44, 
 first: however a row is cut into parts, and whatever the other rows are, it gives the same token. The steps, each over
 all rows at once:
 
-1. `_find_peaks`    per part of a row its best token, and the peaks of its runs of 64 tokens;
-2. `_plan_rows`     per row the best token, which is all that greedy rows need, and a logit above which enough tokens lie
+1. `find_peaks`    per part of a row its best token, and the peaks of its runs of 64 tokens;
+2. `plan_rows`     per row the best token, which is all that greedy rows need, and a logit above which enough tokens lie
                     to cover top_k or, as a rule, top_p: as many runs have such a peak as tokens are wanted;
-3. `_weigh_parts`   per part the sum of its weights, and a list of the tokens above that logit;
+3. `weigh_parts`   per part the sum of its weights, and a list of the tokens above that logit;
 4. `draw_rows`      per row the thresholds of top_k and top_p, bit by bit by bisection over the lists (or over the whole
                     row where they are too long, or the nucleus reaches beyond them), then the token.
 
@@ -63,9 +63,9 @@ def _best(logits: torch.Tensor, only_finite: bool) -> tuple[torch.Tensor, torch.
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     peaks = torch.empty(rows, dtype=torch.float32, device=logits.device)
     best = torch.empty((rows, parts), dtype=torch.int64, device=logits.device)
-    launch(_find_peaks, (rows, parts), logits, peaks, best, peaks, vocab, logits.stride(0), **peaks_constants(0))
+    launch(find_peaks, (rows, parts), logits, peaks, best, peaks, vocab, logits.stride(0), **peaks_constants(0))
     constants = {"PARTS": triton.next_power_of_2(parts), "ONLY_FINITE": only_finite, "num_warps": 1}
-    launch(_pick_best, (rows,), best, tokens, peaks, parts, **constants)
+    launch(pick_best, (rows,), best, tokens, peaks, parts, **constants)
     return tokens, peaks
 
 
@@ -87,17 +87,17 @@ def _draw(
     numbers = empty(torch.float64) if uniforms is None else uniforms
     row = (logits, columns.temperature)
     size = (vocab, logits.stride(0))
-    launch(_find_peaks, (rows, parts), *row, best, run_peaks, *size, **peaks_constants(runs))
+    launch(find_peaks, (rows, parts), *row, best, run_peaks, *size, **peaks_constants(runs))
     own = (columns.seed, columns.sample_index, columns.position)
     shape = (columns.top_k, columns.top_p, columns.min_p)
     launch(
-        _plan_rows,
+        plan_rows,
         (rows,),
         *(best, run_peaks, columns.temperature, *shape, *own, tokens, state, numbers, vocab, parts, runs),
         **plan_constants(vocab, truncated, seeded=uniforms is None),
     )
     launch(
-        _weigh_parts, (rows, parts), *row, state, masses, counts, lists, *size, TRUNCATED=truncated, PART=PART, **sizes,
+        weigh_parts, (rows, parts), *row, state, masses, counts, lists, *size, TRUNCATED=truncated, PART=PART, **sizes,
         num_warps=8,
     )  # fmt: skip
     launch(
@@ -119,19 +119,19 @@ def list_sizes(vocab: int) -> dict[str, int]:
 
 
 def peaks_constants(runs: int) -> dict[str, Any]:
-    """Compile-time arguments of `_find_peaks`; without `runs` it looks for the best tokens only."""
+    """Compile-time arguments of `find_peaks`; without `runs` it looks for the best tokens only."""
     return {"HAS_RUNS": runs > 0, "PART": PART, "RUN": RUN, "num_warps": 8}
 
 
 def plan_constants(vocab: int, truncated: bool, seeded: bool) -> dict[str, Any]:
-    """Compile-time arguments of `_plan_rows`."""
+    """Compile-time arguments of `plan_rows`."""
     runs = triton.next_power_of_2(triton.cdiv(vocab, RUN))
     parts = triton.next_power_of_2(triton.cdiv(vocab, PART))
     return {"TRUNCATED": truncated, "SEEDED": seeded, "PARTS": parts, "RUNS": runs, "num_warps": 4}
 
 
 @triton.jit
-def _find_peaks(
+def find_peaks(
     logits_ptr,
     temperature_ptr,
     best_ptr,
@@ -170,7 +170,7 @@ def _is_finite(key):
 
 
 @triton.jit
-def _pick_best(best_ptr, tokens_ptr, peaks_ptr, parts, PARTS: tl.constexpr, ONLY_FINITE: tl.constexpr):
+def pick_best(best_ptr, tokens_ptr, peaks_ptr, parts, PARTS: tl.constexpr, ONLY_FINITE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token, key = _best_of(best_ptr, row, parts, PARTS)
     if ONLY_FINITE:
@@ -194,7 +194,7 @@ def _uniform(seed, sample_index, position):
 
 
 @triton.jit
-def _plan_rows(
+def plan_rows(
     best_ptr,
     run_peaks_ptr,
     temperature_ptr,
@@ -252,7 +252,7 @@ def _plan_rows(
 
 
 @triton.jit
-def _weigh_parts(
+def weigh_parts(
     logits_ptr,
     temperature_ptr,
     state_ptr,

@@ -28,9 +28,9 @@ PUBLIC_MODULES = (
 KIND_MODULES = {
     # An executor exists to place workers and to time their steps.
     "executors": ("interlace.worker", "interlace.clock", "interlace.remote_error"),
-    # One compiled library serves both kinds; it is no kind itself.
-    "attention": ("interlace.plugins.native",),
-    "kernels": ("interlace.plugins.native",),
+    # One compiled library serves both kinds, and one package of Triton kernels; they are no kinds themselves.
+    "attention": ("interlace.plugins.native", "interlace.plugins.triton"),
+    "kernels": ("interlace.plugins.native", "interlace.plugins.triton"),
 }
 
 
