@@ -39,6 +39,11 @@ class RayOptions(RankOptions):
                 "to the engine's machine directly. Run the engine on a node of the cluster (ray start "
                 "--address=HOST:PORT) and use that HOST:PORT, or 'auto'"
             )
+        if self.all_reduce == "shared_memory":
+            raise ConfigError(
+                "executor option all_reduce = 'shared_memory' is for the ranks of one machine that 'multiprocess' has; "
+                "those of 'ray' sum by gloo or NCCL: use 'auto'"
+            )
         if self.devices:
             self._check_length("devices", len(self.devices))
         if self.cores and self.cores != ["auto"]:
