@@ -141,6 +141,11 @@ class DeviceRunner(ModelRunner):
         future.result()
         return {"submit": handed - began, "wait": self._now() - handed}
 
+    @property
+    def graph_seconds(self) -> float:
+        """Spent on capturing graphs so far."""
+        return 0.0 if self.graphs is None else self.graphs.seconds
+
     def check_health(self) -> None:
         """Raise if the device does no more work."""
         if self._dead is not None:

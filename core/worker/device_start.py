@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
+from interlace.errors import CapacityError
 from interlace.interfaces.executor import Selection
 from interlace.interfaces.kernels import Kernels
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
@@ -113,7 +114,14 @@ def measured_cache(
     """The cache that fits into `free_bytes` beside what steps take, at most as large as `planned`; and how that is.
 
     Raises `CapacityError` if nothing fits."""
-    left = max(0, free_bytes - profile.largest_step - profile.graphs)
+    left = free_bytes - profile.largest_step - profile.graphs
+    if left <= 0:
+        raise CapacityError(
+            f"nothing is left for the KV cache: {format_bytes(free_bytes)} are free on {spec.device} beside the "
+            f"weights, but the largest step takes {format_bytes(profile.largest_step)} and device graphs "
+            f"{format_bytes(profile.graphs)}; lower scheduler.max_num_batched_tokens (now "
+            f"{spec.limits.max_num_batched_tokens}) or scheduler.max_num_seqs (now {spec.limits.max_num_seqs})"
+        )
     kv = size_cache(spec, attention, left)
     kv = msgspec.structs.replace(kv, num_blocks=min(kv.num_blocks, planned.num_blocks))
     size = format_bytes(kv.num_blocks * kv.bytes_per_block)

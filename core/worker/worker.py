@@ -136,6 +136,7 @@ class Worker:
         else:
             kv, selections = self._start_on_device(self._stream, model, kv, chosen)
         warn_if_short(spec, kv)
+        graphs = self._runner.graph_seconds if isinstance(self._runner, DeviceRunner) else 0.0
         return ExecutorInfo(
             kv=kv,
             max_in_flight=max(self.place.num_stages, getattr(self._runner, "max_in_flight", 1)),
@@ -145,7 +146,8 @@ class Worker:
             timings={
                 "import": chosen.imported - chosen.began,
                 "weights": loaded - chosen.imported,
-                "cache": self._clock.now() - loaded,
+                "cache": self._clock.now() - loaded - graphs,
+                **({"graphs": graphs} if graphs else {}),
             },
         )
 
