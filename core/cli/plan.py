@@ -12,8 +12,10 @@ from interlace.plugin_manager import PluginManager
 from interlace.resolve import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from interlace.spec import ResolvedSpec
-    from interlace.worker.sizing import MemoryPlan
+    from interlace.worker.sizing import MemoryPlan, RankPlan
 
 
 def print_plan(loaded: LoadedSettings, as_json: bool) -> int:
@@ -39,6 +41,9 @@ def print_plan(loaded: LoadedSettings, as_json: bool) -> int:
         ("kv group", "window", "layers"),
         ([group["kind"], str(group["window"] or "-"), str(group["layers"])] for group in plan["kv"]["groups"]),
     )
+    if len(memory.ranks) > 1:
+        print()
+        print_table(("rank", "stage", "device", "layers", "heads", "kv heads", "weights", "kv cache"), _rank_rows(plan))
     kv = plan["kv"]
     print(
         f"\nKV cache: {kv['num_blocks']} blocks of {kv['block_size']} tokens, {kv['max_tokens']} tokens in all\n"
@@ -76,12 +81,35 @@ def _plan(spec: ResolvedSpec, memory: MemoryPlan) -> dict[str, Any]:
             "num_blocks": memory.num_blocks,
             "max_tokens": memory.max_tokens,
         },
+        "ranks": [_rank(spec, rank) for rank in memory.ranks],
         "memory": {
             "weights_bytes": memory.weights_bytes,
             "kv_bytes": memory.kv_bytes,
             "free_bytes": memory.free_bytes,
         },
     }
+
+
+def _rank(spec: ResolvedSpec, rank: RankPlan) -> dict[str, Any]:
+    place = rank.place
+    return {
+        "rank": place.rank,
+        "stage": place.stage,
+        "device": place.device or spec.device,
+        "layers": [rank.layers.start, rank.layers.stop],
+        "heads": rank.num_heads,
+        "kv_heads": rank.num_kv_heads,
+        "weights_bytes": rank.weights_bytes,
+        "kv_bytes": rank.kv_bytes,
+    }
+
+
+def _rank_rows(plan: dict[str, Any]) -> Iterator[list[str]]:
+    for rank in plan["ranks"]:
+        first, end = rank["layers"]
+        numbers = (rank["device"], f"{first}-{end - 1}", rank["heads"], rank["kv_heads"])
+        sizes = (_size(rank["weights_bytes"]), _size(rank["kv_bytes"]))
+        yield [str(value) for value in (rank["rank"], rank["stage"], *numbers, *sizes)]
 
 
 def _size(count: int) -> str:

@@ -9,10 +9,13 @@ thing is tried. So whatever a plugin does to this process (crash, hang, exit), t
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from inspect import Parameter
+from types import FunctionType
 
 import msgspec
 from pydantic import BaseModel
@@ -141,6 +144,7 @@ def check_offer(offer: Offer) -> Iterator[Problem]:
                 f"In {offer.provider.target.partition(':')[0]}, import {heavy[0]} inside the functions that need it, "
                 "or under `if TYPE_CHECKING` for annotations",
             )
+        yield from check_signatures(found)
         yield from _check_options(offer, found)
         if offer.component().deprecation:
             yield Problem("warning", str(offer.component().deprecation), f"Upgrade {offer.origin.package}")
@@ -148,6 +152,26 @@ def check_offer(offer: Offer) -> Iterator[Problem]:
         # Some messages end in their own cure.
         what, _, cure = " ".join(str(error).split()).partition(". Upgrade ")
         yield Problem("error", what, f"Upgrade {cure}" if cure else upgrade)
+
+
+def check_signatures(found: type) -> Iterator[Problem]:
+    """Methods that cannot be called as the contract says: written before it gained a parameter, or misspelt."""
+    contract = next((one for one in found.__mro__ if one.__module__.startswith("interlace.interfaces.")), object)
+    for name, stated in vars(contract).items():
+        if name.startswith("__") or not isinstance(stated, FunctionType | classmethod | staticmethod):
+            continue
+        expected, own = inspect.signature(getattr(contract, name)), inspect.signature(getattr(found, name))
+        kinds = [(one.name, one.kind) for one in expected.parameters.values()]
+        arguments = [name for name, kind in kinds if kind is Parameter.POSITIONAL_OR_KEYWORD]
+        keywords = {name: None for name, kind in kinds if kind is Parameter.KEYWORD_ONLY}
+        try:
+            own.bind(*arguments, **keywords)
+        except TypeError as error:
+            yield Problem(
+                "error",
+                f"{found.__qualname__}.{name}{own} cannot be called as the contract says, with {expected}: {error}",
+                f"Give it the parameters of {contract.__module__}.{contract.__qualname__}.{name}",
+            )
 
 
 def _check_options_module(offer: Offer) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ The engine core sees nothing else of the machine. Built in: `uniprocess`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from interlace.kv.specs import KVCacheConfig
 if TYPE_CHECKING:
     from interlace.messages import StepPlan, StepResult
     from interlace.spec import ResolvedSpec
+    from interlace.worker.place import Place
 
 
 class Selection(msgspec.Struct, frozen=True):
@@ -77,6 +78,14 @@ class Executor(ABC):
     @abstractmethod
     def start(self, spec: ResolvedSpec, on_event: Callable[[ExecutorEvent], None]) -> ExecutorInfo:
         """Load the model, size and allocate the KV cache. Raises with the true cause when that fails."""
+
+    def places(self, spec: ResolvedSpec) -> Sequence[Place]:
+        """The ranks that a start with `spec` makes, in order, for `interlace config plan`. By default the only one.
+
+        Raises `ConfigError` naming the option that does not fit."""
+        from interlace.worker.place import Place
+
+        return (Place(),)
 
     @abstractmethod
     def submit(self, plan: StepPlan) -> Future[StepResult]:

@@ -44,7 +44,9 @@ def share(total: int, rank: int, size: int, what: str, grain: int = 1) -> slice:
 
     Raises `ConfigError` naming `what` if there is nothing for some rank."""
     if total < size:
-        raise ConfigError(f"executor.tensor_parallel = {size} is more than {what} = {total}; use {total} at most")
+        raise ConfigError(
+            f"executor option tensor_parallel = {size} is more than {what} = {total}; use {total} at most"
+        )
     piece = total // size
     if total % size or piece % grain:
         piece = math.gcd(total, max(grain, _KERNEL_GRAIN))
@@ -63,7 +65,7 @@ def share_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Head
         raise ConfigError(f"{num_heads} attention heads do not divide into {num_kv_heads} KV heads")
     if num_heads < size:
         raise ConfigError(
-            f"executor.tensor_parallel = {size} is more than the model's {num_heads} attention heads; "
+            f"executor option tensor_parallel = {size} is more than the model's {num_heads} attention heads; "
             f"use {num_heads} at most"
         )
     group = num_heads // num_kv_heads  # query heads of a KV head

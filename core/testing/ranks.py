@@ -143,6 +143,10 @@ class ThreadedRanks(Executor):
         self._feedback = Feedback()
         self._failure: BaseException | None = None
 
+    def places(self, spec: ResolvedSpec) -> list[Place]:
+        size, stages = self.options.tensor_parallel, self.options.pipeline_parallel
+        return [Place.of(rank, size, stages) for rank in range(size * stages)]
+
     def start(self, spec: ResolvedSpec, on_event: Callable[[ExecutorEvent], None]) -> ExecutorInfo:
         self._ranks = ThreadedParallel.make(self.options.tensor_parallel, self.options.pipeline_parallel)
         self.workers = [Worker(spec, on_event, place=rank.place, parallel=rank) for rank in self._ranks]

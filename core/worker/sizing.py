@@ -15,12 +15,13 @@ import torch
 from interlace.errors import CapacityError, ConfigError, PluginError
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 from interlace.interfaces.checkpoint import Checkpoint, Stored
-from interlace.interfaces.executor import Selection
+from interlace.interfaces.executor import Executor, Selection
 from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, Model, Parallel
 from interlace.kv.specs import KVCacheConfig, KVGroup, blocks_for, group_layers
 from interlace.spec import Component, ResolvedSpec
 from interlace.worker.memory import format_bytes, free_memory
+from interlace.worker.place import Place
 
 logger = logging.getLogger("interlace.worker")
 
@@ -41,14 +42,30 @@ class AttentionPlan(msgspec.Struct, frozen=True):
     selections: tuple[Selection, ...]
 
 
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank will hold."""
+
+    place: Place
+    layers: range
+    """Attention layers of its stage."""
+    num_heads: int
+    num_kv_heads: int
+    """Of the first of these layers."""
+    weights_bytes: int
+    kv_bytes: int
+    free_bytes: int
+    """Its part of the memory that is free where it runs."""
+
+
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a start will take, before it takes it."""
+    """What a start will take, before it takes it; the bytes are those of all ranks together."""
 
     weights_bytes: int
     kv_bytes: int
     free_bytes: int
     kv: KVCacheConfig
     selections: tuple[Selection, ...]
+    ranks: tuple[RankPlan, ...]
 
     @property
     def num_blocks(self) -> int:
@@ -84,13 +101,13 @@ def check_pipeline(spec: ResolvedSpec, model: type[Model], parallel: Parallel) -
     stages, layers = parallel.num_stages, spec.model_config.num_layers
     if stages > 1 and not model.supports_pipeline:
         raise ConfigError(
-            f"executor.pipeline_parallel = {stages}, but the model {spec.architecture.name} cannot be cut into stages "
-            "(supports_pipeline is false); set it to 1 and raise executor.tensor_parallel instead"
+            f"executor option pipeline_parallel = {stages}, but the model {spec.architecture.name} cannot be cut "
+            "into stages (supports_pipeline is false); set it to 1 and raise tensor_parallel instead"
         )
     if stages > layers:
         raise ConfigError(
-            f"executor.pipeline_parallel = {stages}, but the model has {layers} layers and each stage needs one; "
-            f"set it to {layers} at most"
+            f"executor option pipeline_parallel = {stages}, but the model has {layers} layers and each stage needs "
+            f"one; set it to {layers} at most"
         )
 
 
@@ -252,21 +269,51 @@ def warn_if_short(spec: ResolvedSpec, kv: KVCacheConfig) -> None:
 
 
 def plan_memory(spec: ResolvedSpec) -> MemoryPlan:
-    """Everything a start would choose and take, without reading a weight or allocating a block."""
-    model_class = spec.architecture.load()
-    attention = plan_attention(spec, model_class)
-    kernels, kernel_selections = plan_kernels(spec)
-    weights, how = plan_weights(model_class, spec, kernels, spec.open_checkpoint())
-    free = free_memory(spec.device)
-    kv = size_cache(spec, attention, max(0, free - weights))
+    """Everything a start would choose and take, on each rank, without reading a weight or allocating a block."""
+    executor: Executor = spec.executor.build()
+    places = executor.places(spec)
+    plans = [_plan_rank(spec, place) for place in places]
+    num_blocks = min(kv.num_blocks for _, kv, _ in plans)  # as ranks agree
+    ranks = tuple(msgspec.structs.replace(rank, kv_bytes=num_blocks * kv.bytes_per_block) for rank, kv, _ in plans)
+    kv = msgspec.structs.replace(
+        plans[0][1], num_blocks=num_blocks, bytes_per_block=sum(kv.bytes_per_block for _, kv, _ in plans)
+    )
     warn_if_short(spec, kv)
     return MemoryPlan(
-        weights_bytes=weights,
-        kv_bytes=kv.num_blocks * kv.bytes_per_block,
-        free_bytes=free,
+        weights_bytes=sum(rank.weights_bytes for rank in ranks),
+        kv_bytes=sum(rank.kv_bytes for rank in ranks),
+        free_bytes=sum(rank.free_bytes for rank in ranks),
         kv=kv,
-        selections=(*attention.selections, *kernel_selections, how),
+        selections=tuple(dict.fromkeys(choice for _, _, selections in plans for choice in selections)),
+        ranks=ranks,
     )
+
+
+def _plan_rank(spec: ResolvedSpec, place: Place) -> tuple[RankPlan, KVCacheConfig, tuple[Selection, ...]]:
+    """One rank's part, its KV cache as it would be if the rank were asked alone, and its choices."""
+    spec = msgspec.structs.replace(spec, device=place.device) if place.device else spec
+    parallel = Parallel()
+    parallel.rank, parallel.size = place.tensor_rank, place.tensor_size
+    parallel.stage, parallel.num_stages = place.stage, place.num_stages
+    model_class = spec.architecture.load()
+    check_pipeline(spec, model_class, parallel)
+    attention = plan_attention(spec, model_class, parallel)
+    kernels, kernel_selections = plan_kernels(spec)
+    weights, how = plan_weights(model_class, spec, kernels, spec.open_checkpoint(), parallel)
+    free = free_memory(spec.device) // place.sharers
+    kv = size_cache(spec, attention, max(0, free - weights))
+    layers = parallel.layers_here(len(attention.specs))
+    first = attention.specs[layers.start] if layers else None
+    rank = RankPlan(
+        place=place,
+        layers=layers,
+        num_heads=first.num_heads if first else 0,
+        num_kv_heads=first.num_kv_heads if first else 0,
+        weights_bytes=weights,
+        kv_bytes=0,  # until all agree on the blocks
+        free_bytes=free,
+    )
+    return rank, kv, (*attention.selections, *kernel_selections, how)
 
 
 def plan_weights(

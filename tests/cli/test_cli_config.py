@@ -124,3 +124,41 @@ def test_plan_shows_components_and_memory(capsys):
     assert (
         code == 0 and f"KV cache: {plan['kv']['num_blocks']} blocks of 32 tokens" in out and "LlamaForCausalLM" in out
     )
+
+
+def test_plan_shows_what_each_rank_holds(capsys):
+    settings = ["--executor.use", "multiprocess", "--cache.memory", "8MiB", "--dtype", "float32", "--device", "cpu"]
+    options = "--executor.options.multiprocess."
+    code, out, _ = run(
+        capsys, "plan", "--json", *settings, f"{options}tensor_parallel", "2", f"{options}pipeline_parallel", "2"
+    )
+    plan = json.loads(out)
+    assert code == 0
+    shown = [
+        (rank["rank"], rank["stage"], rank["layers"], rank["heads"], rank["kv_heads"], rank["device"])
+        for rank in plan["ranks"]
+    ]
+    assert shown == [
+        (0, 0, [0, 15], 6, 2, "cpu"),
+        (1, 0, [0, 15], 3, 1, "cpu"),
+        (2, 1, [15, 30], 6, 2, "cpu"),
+        (3, 1, [15, 30], 3, 1, "cpu"),
+    ]
+    # The ranks with two KV heads have room for fewer blocks; 15 layers, keys and values, 2 heads of 64 in float32.
+    assert plan["kv"]["num_blocks"] == 8 * 2**20 // (15 * 2 * 2 * 64 * 4 * plan["kv"]["block_size"])
+    weights = [rank["weights_bytes"] for rank in plan["ranks"]]
+    assert plan["memory"]["weights_bytes"] == sum(weights)
+    # The tied embedding is on both stages: 49152 rows of 576.
+    whole = 134_515_008 * 4 + 49152 * 576 * 4
+    assert whole <= sum(weights) < 1.001 * whole, "but for the norms, nothing is there twice"
+    assert plan["memory"]["kv_bytes"] == sum(rank["kv_bytes"] for rank in plan["ranks"])
+    code, out, _ = run(capsys, "plan", *settings, f"{options}tensor_parallel", "3")
+    rows = [line.split()[:6] for line in out.splitlines() if line.split()[1:3] == ["0", "cpu"]]
+    assert code == 0 and rows == [[str(rank), "0", "cpu", "0-29", "3", "1"] for rank in range(3)]
+
+
+def test_plan_refuses_what_cannot_be_split(capsys):
+    code, _, err = run(
+        capsys, "plan", "--executor.use", "multiprocess", "--executor.options.multiprocess.tensor_parallel", "10"
+    )
+    assert code == 2 and "executor option tensor_parallel = 10 is more than the model's 9 attention heads" in err

@@ -11,8 +11,10 @@ import pytest
 from interlace import cli
 from interlace.cli import plugins_doctor
 from interlace.cli.plugins_doctor import Diagnosis, diagnose, examine
+from interlace.cli.plugins_probe import check_signatures
 from interlace.config import PluginSettings, load_settings
 from interlace.plugin_manager import find_installed
+from interlace.plugins.models.llama import LlamaForCausalLM
 
 
 def settings(**plugins) -> PluginSettings:
@@ -226,3 +228,22 @@ def test_built_in_plugins_are_in_order():
 def test_timeout_is_a_time(capsys, timeout):
     assert cli.main(["plugins", "doctor", f"--timeout={timeout}"]) == 2
     assert "--timeout" in capsys.readouterr().err
+
+
+def test_methods_that_cannot_be_called_as_the_contract_says():
+    class Narrow(LlamaForCausalLM):
+        """Written before ranks could hold different numbers of heads."""
+
+        @classmethod
+        def attention_specs(cls, config, tensor_parallel=1):
+            return []
+
+    class Renamed(LlamaForCausalLM):
+        def forward(self, ids, where, state, extra=None, *more, **named):
+            """Names are the class's own: the engine calls with places."""
+
+    (problem,) = check_signatures(Narrow)
+    assert "Narrow.attention_specs(config, tensor_parallel=1) cannot be called" in problem.text
+    assert "tensor_parallel: 'int' = 1, rank: 'int' = 0" in problem.text and "too many positional" in problem.text
+    assert problem.cure == "Give it the parameters of interlace.interfaces.model.Model.attention_specs"
+    assert not [*check_signatures(Renamed)]

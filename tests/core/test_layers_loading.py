@@ -84,7 +84,9 @@ def test_heads_are_dealt_out_and_kv_heads_shared():
     assert [share_heads(9, 3, rank, 2) for rank in range(2)] == [HeadShare(6, 0, 2, 0), HeadShare(3, 6, 1, 2)]
     four = [HeadShare(2, 0, 1, 0), HeadShare(1, 2, 1, 0), HeadShare(3, 3, 1, 1), HeadShare(3, 6, 1, 2)]
     assert [share_heads(9, 3, rank, 4) for rank in range(4)] == four
-    with pytest.raises(ConfigError, match=r"executor\.tensor_parallel = 10 is more than .* 9 attention heads; use 9"):
+    with pytest.raises(
+        ConfigError, match=r"executor option tensor_parallel = 10 is more than .* 9 attention heads; use 9"
+    ):
         share_heads(9, 3, 0, 10)
     with pytest.raises(ConfigError, match="9 attention heads do not divide into 4 KV heads"):
         share_heads(9, 4, 0, 2)
@@ -112,7 +114,9 @@ def test_rows_and_columns_are_cut_between_blocks():
     assert [share(100, rank, 3, "x") for rank in range(3)] == [slice(0, 36), slice(36, 68), slice(68, 100)]
     assert [share(512, rank, 4, "x", 256).stop for rank in range(4)] == [128, 256, 384, 512], "fewer blocks than ranks"
     assert [share(3, rank, 3, "x", 256) for rank in range(3)] == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    with pytest.raises(ConfigError, match=r"executor\.tensor_parallel = 4 is more than the outputs of up = 3; use 3"):
+    with pytest.raises(
+        ConfigError, match=r"executor option tensor_parallel = 4 is more than the outputs of up = 3; use 3"
+    ):
         share(3, 0, 4, "the outputs of up")
 
 

@@ -230,6 +230,6 @@ def test_a_model_that_cannot_be_cut_says_so(spec):
     parallel = Parallel()
     parallel.num_stages = 2
     check_pipeline(spec, LlamaForCausalLM, parallel)
-    message = r"executor\.pipeline_parallel = 2, but the model LlamaForCausalLM cannot be cut into stages"
+    message = r"executor option pipeline_parallel = 2, but the model LlamaForCausalLM cannot be cut into stages"
     with pytest.raises(ConfigError, match=message):
         check_pipeline(spec, Whole, parallel)

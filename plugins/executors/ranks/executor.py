@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from interlace.plugins.executors.ranks.ledger import StepLedger
     from interlace.plugins.executors.ranks.wire import Happened, Logged, ToRank
     from interlace.spec import ResolvedSpec
+    from interlace.worker.place import Place
 
 OnSaid = Callable[["Happened | Logged"], None]
 OnDeath = Callable[[BaseException], None]
@@ -53,6 +54,10 @@ class RanksExecutor(Executor):
     @abstractmethod
     def make_ranks(self, spec: ResolvedSpec, ledger: StepLedger, on_said: OnSaid, on_death: OnDeath) -> Ranks:
         """The ranks, not started. `on_death` is to be called when ranks that were ready cannot go on."""
+
+    def places(self, spec: ResolvedSpec) -> Sequence[Place]:
+        places: Sequence[Place] = self.options.places(spec)
+        return places
 
     def start(self, spec: ResolvedSpec, on_event: Callable[[ExecutorEvent], None]) -> ExecutorInfo:
         from interlace.plugins.executors.ranks import wire

@@ -292,8 +292,8 @@ def test_decoded_forms(kept):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ((7, 1), r"executor\.tensor_parallel = 7 is more than the model's 6 attention heads; use 6 at most"),
-        ((1, 5), r"executor\.pipeline_parallel = 5, but the model has 4 layers .* set it to 4 at most"),
+        ((7, 1), r"executor option tensor_parallel = 7 is more than the model's 6 attention heads; use 6 at most"),
+        ((1, 5), r"executor option pipeline_parallel = 5, but the model has 4 layers .* set it to 4 at most"),
     ],
 )
 def test_layouts_that_do_not_fit_are_named(layout, message, tmp_path):
