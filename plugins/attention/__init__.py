@@ -34,3 +34,9 @@ def interlace_attention() -> Iterable[Provider]:
         summary="as triton, and batch-invariant: bits do not depend on how a prefill is cut; slower at prefill",
         api="1",
     )
+    yield Provider(
+        name="flash",
+        target="interlace.plugins.attention.flash:FlashAttention",
+        summary="prompts through FlashAttention as installed (flash-attn 3 or 2, torch), decoding as triton",
+        api="1",
+    )

@@ -41,32 +41,37 @@ class Metadata(NamedTuple):
     prefill: Pieces | None
 
 
+class LaunchOptions(BaseModel):
+    """How kernels are launched; shared by the backends made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tune: bool = Field(
+        default=False,
+        description="Measure at start which tiles are best for this model on this GPU, unless that is known from "
+        "before (seconds to a minute). Without it the first start uses figures that suit a large GPU.",
+    )
+    tuning_dir: str = Field(
+        default="~/.cache/interlace/triton", description="Where what `tune` found is kept, and looked for."
+    )
+    fuse: bool = Field(
+        default=True,
+        description="Norm and turn heads and write keys and values in one launch, instead of leaving norms and "
+        "rotary embedding to the kernels.",
+    )
+
+
 class TritonAttention(AttentionBackend):
     """A row's result has the same bits whatever else is in the batch. A prompt's may depend on how its prefill is cut,
     since the two kernels round differently; `triton_invariant` is without that, and slower at prefill."""
 
-    class Options(BaseModel):
+    class Options(LaunchOptions):
         """Options of the Triton attention."""
-
-        model_config = ConfigDict(extra="forbid")
 
         kv_dtype: Literal["auto", "fp8"] = Field(
             default="auto",
             description="How keys and values are kept: `auto`: in the compute type; `fp8`: in 8 bits (e4m3), with a "
             "scale per token and head, which halves a 16-bit cache and rounds it.",
-        )
-        tune: bool = Field(
-            default=False,
-            description="Measure at start which tiles are best for this model on this GPU, unless that is known from "
-            "before (seconds to a minute). Without it the first start uses figures that suit a large GPU.",
-        )
-        tuning_dir: str = Field(
-            default="~/.cache/interlace/triton", description="Where what `tune` found is kept, and looked for."
-        )
-        fuse: bool = Field(
-            default=True,
-            description="Norm and turn heads and write keys and values in one launch, instead of leaving norms and "
-            "rotary embedding to the kernels.",
         )
 
     graph_support = "decode"
@@ -78,7 +83,7 @@ class TritonAttention(AttentionBackend):
         from interlace.plugins.triton.tuning import choose_configs
 
         self.turns_heads = self.options.fuse
-        self._is_fp8 = self.options.kv_dtype == "fp8"
+        self._is_fp8 = getattr(options, "kv_dtype", "auto") == "fp8"
         itemsize = torch.empty(0, dtype=getattr(torch, dtype)).itemsize
         window = spec.window if spec.kind == "window" else 0
         group = spec.num_heads // spec.num_kv_heads
@@ -174,7 +179,7 @@ class TritonAttention(AttentionBackend):
     # ── Once per step ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _metadata(self, batch: ForwardBatch, group: int, decode: list[Cut], prefill: Cut | None) -> Metadata:
-        """One transfer takes all pieces to the device."""
+        """One transfer takes all pieces to the device. `prefill` None: others take the rows that are left."""
         from interlace.plugins.triton.attention_decode import Pieces
 
         cuts = decode if prefill is None else [*decode, prefill]
