@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 AUTO = "auto"
 
 F32, BF16 = 0, 1
@@ -121,6 +121,7 @@ def _load(path: str | None = None) -> ctypes.CDLL:
         "il_linear_pack": (pointer, [pointer, pointer, c_int64, c_int64, c_int32, pointer, pointer, c_int64]),
         "il_linear_free": (None, [pointer]),
         "il_linear_bytes": (c_int64, [pointer]),
+        "il_linear_has_halves": (c_int32, [pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name, None)

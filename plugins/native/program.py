@@ -9,10 +9,15 @@ import torch
 
 from interlace.interfaces.kernels import StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
-from interlace.plugins.native.library import COPY_ROWS, OP_NAMES, Op
+from interlace.plugins.native.library import COPY_ROWS, LINEAR, OP_NAMES, Op
 from interlace.plugins.native.step import StepBuffers
 from interlace.plugins.native.tape import NotRecordableError, Recording, Tape
 from interlace.worker.batch import ForwardBatch
+
+
+def name_of(op: Op) -> str:
+    """What a profile calls an op."""
+    return "gated linear" if op.code == LINEAR and op.i[3] else OP_NAMES[op.code]
 
 
 class NativeProgram(StepProgram):
@@ -64,6 +69,6 @@ class NativeProgram(StepProgram):
             began = time.perf_counter()
             self._library.run(self._one, 1, step)
             took = time.perf_counter() - began
-            name = "head" if number >= self._head else OP_NAMES[op.code]
+            name = "head" if number >= self._head else name_of(op)
             seconds[name] = seconds.get(name, 0.0) + took
         return seconds

@@ -4,6 +4,8 @@ A model is recorded by running its `forward` once on placeholder tensors of the 
 appends its op instead of running it, with the address of its output buffer; views in between only change addresses and
 strides, which an op holds anyway. What the recording cannot see is a torch op that computes: `Tape.recording` forbids
 those, so a model that is not made of recordable kernels is refused with a reason and runs op by op.
+
+A gate right after a product becomes part of it (src/linear.h), where nothing else can read what is between them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interlace.plugins.native.library import OUTPUTS, TOKENS, Library, Op, Step, make_op
+from interlace.plugins.native.library import (
+    GELU_MUL,
+    LINEAR,
+    OUTPUTS,
+    SILU_MUL,
+    TOKENS,
+    Library,
+    Op,
+    Step,
+    make_op,
+)
 
 _VIEWS = frozenset(
     {"view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze", "expand", "alias",
@@ -68,6 +80,10 @@ class _Pool:
     def __init__(self) -> None:
         self.memory: list[torch.Tensor] = []
         self._free: dict[int, list[int]] = {}  # bytes → addresses
+
+    def is_free(self, address: int) -> bool:
+        """Whether this is a buffer that nobody holds any more."""
+        return any(address in free for free in self._free.values())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         count = 1
@@ -137,7 +153,21 @@ class Tape:
             raise NotRecordableError(
                 f"an op works on {rows} rows, which is neither the tokens nor the outputs of a step"
             )
+        self._join_gate(self._ops)
         self._ops.append(make_op(code, dtype, self._rows[rows], integers, floats, pointers))
+
+    def _join_gate(self, ops: list[Op]) -> None:
+        """Make one op of the last two if they are a product and the gate of its whole result.
+
+        Asked when the next op comes: by then Python has let go of that result, unless something else will read it."""
+        if len(ops) < 2 or ops[-1].code not in (SILU_MUL, GELU_MUL) or ops[-2].code != LINEAR or self._pool is None:
+            return
+        product, gate = ops[-2], ops[-1]
+        plain = product.dtype == gate.dtype and product.rows == gate.rows and not (product.i[2] or product.i[3])
+        whole = plain and gate.p[0] == product.p[1] and 2 * gate.i[0] == product.i[1] == gate.i[1]
+        if whole and self._pool.is_free(gate.p[0]) and self.library.functions.il_linear_has_halves(product.p[2]):
+            ops.pop()
+            product.i[1], product.i[3], product.p[1] = gate.i[2], 1 + gate.code, gate.p[1]
 
     @contextmanager
     def recording(self, max_tokens: int, max_outputs: int, placeholders: Sequence[torch.Tensor]) -> Iterator[list[Op]]:

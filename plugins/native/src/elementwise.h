@@ -36,17 +36,22 @@ struct GeluTanh {
   }
 };
 
+// out = activation(gate) * up
+template <typename T, typename Activation>
+void gate_row(const T *gate, const T *up, T *out, int64_t size) {
+  over_row(size, [&](int64_t at, int64_t count) {
+    const vfloat value = Activation::apply(load_some(gate + at, count));
+    store_some(out + at, value * load_some(up + at, count), count);
+  });
+}
+
 // i: 0 size, 1 row stride of gate_up, 2 row stride of out. p: 0 gate_up [rows, 2 * size], 1 out [rows, size].
 template <typename T, typename Activation>
 void gate_rows(const il_op &op, const il_step &step, Thread &thread) {
   const int64_t size = op.i[0];
   share_rows(interlace::rows_of(op, step), size, thread, [&](int64_t row) {
-    const T *gate = static_cast<const T *>(op.p[0]) + row * op.i[1], *up = gate + size;
-    T *out = static_cast<T *>(op.p[1]) + row * op.i[2];
-    over_row(size, [&](int64_t at, int64_t count) {
-      const vfloat value = Activation::apply(load_some(gate + at, count));
-      store_some(out + at, value * load_some(up + at, count), count);
-    });
+    const T *gate = static_cast<const T *>(op.p[0]) + row * op.i[1];
+    gate_row<T, Activation>(gate, gate + size, static_cast<T *>(op.p[1]) + row * op.i[2], size);
   });
 }
 

@@ -3,6 +3,9 @@
 // Pieces of work are panels of the weight (times chunks of rows whose activations fit the second-level cache), so a weight
 // is read from memory once per chunk, and every result is computed by one tile in one order (linear_float.h,
 // linear_block.h).
+//
+// A gate that follows (silu(first half) * second half) can be part of the product: a piece is then a panel of either half,
+// whose results meet in the cache. They are rounded in between as they would be on the way through memory.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +20,11 @@ using interlace::Thread;
 constexpr int64_t CACHED_BYTES = 384 << 10;  // of activations, next to a panel, in the second-level cache
 constexpr int64_t AHEAD_BYTES = 4 << 10;    // how far before its use a weight is fetched
 constexpr int64_t ALONE_BYTES = 4 << 10;    // of activations that each thread converts for itself: cheaper than to meet
+constexpr int64_t HALVES_AT = 64 << 10;     // in a thread's scratch: the results of two panels, before they are joined
+constexpr int64_t HALF_BYTES = 1 << 20;
 
-// i: 0 row stride of x, 1 row stride of out, 2 not 0: float32 results, else of the op's type.
-// p: 0 x [rows, in], 1 out [rows, out], 2 il_linear.
+// i: 0 row stride of x, 1 row stride of out, 2 not 0: float32 results, else of the op's type, 3 not 0: the gate that follows,
+// as 1 + its op's code. p: 0 x [rows, in], 1 out [rows, out; with a gate half as many], 2 il_linear.
 struct LinearCall {
   const il_linear *linear;
   const uint8_t *x;
@@ -27,6 +32,9 @@ struct LinearCall {
   uint8_t *out;
   int64_t out_stride;  // bytes
   bool x_wide, out_wide;
+  int64_t gate;  // op code, or -1
+
+  int64_t element() const { return out_wide ? 4 : 2; }
 };
 
 // Activations of some rows in the forms that the panels' formats take: rows of plain ones, then blocks of quantised ones,
@@ -124,19 +132,24 @@ inline Activations prepare(const LinearCall &call, int64_t first, int64_t rows, 
   return converter.view();
 }
 
+// Where a panel's results go.
+struct Target {
+  uint8_t *first;  // of the first row that is computed
+  int64_t stride;
+};
+
 // One panel times `rows` rows from `first` on (counted from the prepared ones).
 struct PanelWork {
   const LinearCall &call;
   const Activations &all;
-  int64_t prepared;  // row of x that is the first prepared one
 
   // Floating tiles of nearly equal size: one row alone would wait for its multiply-adds one by one.
-  void run_floats(const Panel &panel, const Panel *next, int64_t first, int64_t rows) const {
+  void run_floats(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
     const bool is_bf16 = panel.format == IL_FMT_BF16;
     const int64_t tiles = (rows + FLOAT_TILE_ROWS - 1) / FLOAT_TILE_ROWS;
     for (int64_t at = 0, row = first; at < tiles; ++at) {
       const int64_t count = rows / tiles + (at < rows % tiles);
-      Tile tile = tile_of(panel, row, is_bf16 ? (call.linear->in + 1) / 2 : call.linear->in);
+      Tile tile = tile_of(panel, row - first, is_bf16 ? (call.linear->in + 1) / 2 : call.linear->in, target);
       tile.x = all.plain + row * all.plain_stride;
       tile.x_stride = all.plain_stride;
       plan_ahead(tile, next, panel.strips * 64, at, tiles);
@@ -145,33 +158,33 @@ struct PanelWork {
     }
   }
 
-  void run_blocks(const Panel &panel, const Panel *next, int64_t first, int64_t rows) const {
+  void run_blocks(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
     const int64_t tiles = (rows + BLOCK_TILE_ROWS - 1) / BLOCK_TILE_ROWS;
     for (int64_t at = 0; at < tiles; ++at) {
       const int64_t row = first + at * BLOCK_TILE_ROWS;
-      Tile tile = tile_of(panel, row, (call.linear->in + BLOCK - 1) / BLOCK);
+      Tile tile = tile_of(panel, row - first, (call.linear->in + BLOCK - 1) / BLOCK, target);
       tile.x = all.quants + row * all.quants_stride;
       plan_ahead(tile, next, panel.strips * block_bytes(panel.format), at, tiles);
       block_kernel(panel.format, std::min<int64_t>(BLOCK_TILE_ROWS, first + rows - row))(tile);
     }
   }
 
-  void run(const Panel &panel, const Panel *next, int64_t first, int64_t rows) const {
+  void run(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
     if (panel.format == IL_FMT_BF16 || panel.format == IL_FMT_F32)
-      run_floats(panel, next, first, rows);
+      run_floats(panel, next, first, rows, target);
     else
-      run_blocks(panel, next, first, rows);
+      run_blocks(panel, next, first, rows, target);
   }
 
-  Tile tile_of(const Panel &panel, int64_t row, int64_t depth) const {
+  // `row`: of those that are computed.
+  Tile tile_of(const Panel &panel, int64_t row, int64_t depth, const Target &target) const {
     const il_linear &linear = *call.linear;
-    const int64_t element = call.out_wide ? 4 : 2;
     Tile tile{};
     tile.panel = &panel;
     tile.bias = linear.bias == nullptr ? nullptr : linear.bias + panel.first;
     tile.depth = depth;
-    tile.out = call.out + (prepared + row) * call.out_stride + panel.first * element;
-    tile.out_stride = call.out_stride;
+    tile.out = target.first + row * target.stride;
+    tile.out_stride = target.stride;
     tile.wide = call.out_wide;
     return tile;
   }
@@ -188,19 +201,42 @@ struct PanelWork {
   }
 };
 
+template <typename T>
+void join_halves(int64_t gate, const Target &from, int64_t apart, const Target &to, int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t *first = from.first + row * from.stride;
+    const T *x = reinterpret_cast<const T *>(first), *up = reinterpret_cast<const T *>(first + apart);
+    T *out = reinterpret_cast<T *>(to.first + row * to.stride);
+    gate == IL_SILU_MUL ? gate_row<T, Silu>(x, up, out, columns) : gate_row<T, GeluTanh>(x, up, out, columns);
+  }
+}
+
+// `prepared`: row of x that is the first prepared one.
 inline void multiply(const LinearCall &call, const Activations &all, int64_t prepared, int64_t rows, Thread &thread) {
   const il_linear &linear = *call.linear;
-  const int64_t panels = linear.num_panels;
+  const bool is_gated = call.gate >= 0;
+  const int64_t panels = linear.num_panels / (is_gated ? 2 : 1);
   // Chunks depend on the shape alone, and results on no chunk.
-  const int64_t chunk = std::max<int64_t>(8, CACHED_BYTES / (linear.in * 2) / 8 * 8);
+  const int64_t chunk = std::clamp<int64_t>(CACHED_BYTES / (linear.in * 2) / 8 * 8, 8, 4096);
   const int64_t pieces = (rows + chunk - 1) / chunk * panels;
-  const PanelWork work{call, all, prepared};
+  const PanelWork work{call, all};
   int64_t piece = thread.claim();
   while (piece < pieces) {
     const int64_t next = thread.claim();
-    const int64_t first = piece / panels * chunk;
-    work.run(linear.panels[piece % panels], next < pieces ? &linear.panels[next % panels] : nullptr, first,
-             std::min(chunk, rows - first));
+    const int64_t first = piece / panels * chunk, count = std::min(chunk, rows - first);
+    const Panel &panel = linear.panels[piece % panels], *following = next < pieces ? &linear.panels[next % panels] : nullptr;
+    const Target out{call.out + (prepared + first) * call.out_stride + panel.first * call.element(), call.out_stride};
+    if (is_gated) {
+      const Panel &partner = linear.panels[piece % panels + panels];
+      const int64_t width = panel.strips * STRIP * call.element();
+      const Target half{thread.scratch + HALVES_AT, width}, other{half.first + HALF_BYTES, width};
+      work.run(panel, &partner, first, count, half);
+      work.run(partner, following, first, count, other);
+      call.out_wide ? join_halves<float>(call.gate, half, HALF_BYTES, out, count, panel.rows)
+                    : join_halves<bf16>(call.gate, half, HALF_BYTES, out, count, panel.rows);
+    } else {
+      work.run(panel, following, first, count, out);
+    }
     piece = next;
   }
 }
@@ -210,10 +246,11 @@ inline void linear(const il_op &op, const il_step &step, Thread &thread) {
   call.linear = static_cast<const il_linear *>(op.p[2]);
   call.x_wide = op.dtype == IL_F32;
   call.out_wide = call.x_wide || op.i[2] != 0;
+  call.gate = op.i[3] - 1;
   call.x = static_cast<const uint8_t *>(op.p[0]);
   call.x_stride = op.i[0] * (call.x_wide ? 4 : 2);
   call.out = static_cast<uint8_t *>(op.p[1]);
-  call.out_stride = op.i[1] * (call.out_wide ? 4 : 2);
+  call.out_stride = op.i[1] * call.element();
   const int64_t rows = interlace::rows_of(op, step);
   const int64_t most = Thread::SHARED_BYTES / std::max<int64_t>(1, Forms(call).row_bytes()) / 8 * 8;
   for (int64_t first = 0; first < rows; first += most) {

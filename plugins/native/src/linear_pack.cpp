@@ -296,4 +296,14 @@ il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num
 void il_linear_free(il_linear *linear) { delete static_cast<PackedLinear *>(linear); }
 
 int64_t il_linear_bytes(const il_linear *linear) { return static_cast<const PackedLinear *>(linear)->bytes; }
+
+int32_t il_linear_has_halves(const il_linear *linear) {
+  const int64_t half = linear->num_panels / 2;
+  if (linear->num_panels % 2 != 0 || linear->out % 2 != 0) return 0;
+  for (int64_t at = 0; at < half; ++at) {
+    const Panel &first = linear->panels[at], &second = linear->panels[at + half];
+    if (second.first != first.first + linear->out / 2 || second.rows != first.rows) return 0;
+  }
+  return 1;
+}
 }

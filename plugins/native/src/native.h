@@ -12,7 +12,7 @@
 extern "C" {
 
 // Grows when a structure or an op changes its meaning; library.py refuses another one.
-#define IL_ABI 1
+#define IL_ABI 2
 
 // Types of activations and plain weights.
 enum il_dtype : int32_t { IL_F32 = 0, IL_BF16 = 1 };
@@ -125,5 +125,7 @@ il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num
                           const float *bias, char *error, int64_t error_size);
 void il_linear_free(il_linear *linear);
 int64_t il_linear_bytes(const il_linear *linear);
+// Whether a gate can be part of the product: panels of the first half of the outputs lie as those of the second half do.
+int32_t il_linear_has_halves(const il_linear *linear);
 }
 #pragma GCC visibility pop
