@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from interlace.errors import ConfigError
 from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
@@ -50,6 +50,11 @@ class RankOptions(BaseModel):
     start_timeout_s: float = Field(
         default=600.0, gt=0, description="A start that takes longer, loading included, is given up."
     )
+
+    @field_validator("cores", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @property
     def world(self) -> int:

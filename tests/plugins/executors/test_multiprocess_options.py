@@ -83,6 +83,11 @@ def test_cores_are_dealt_whole(tmp_path):
         deal_cores(3, {1, 5, 2}, tmp_path)
 
 
+def test_one_word_is_a_list_of_one():
+    assert RankOptions(cores="auto").cores == ["auto"]
+    assert RankOptions(cores=["0-3", "4-7"]).cores == ["0-3", "4-7"]
+
+
 def test_bound_ranks_take_their_processors_threads():
     mine = sorted(os.sched_getaffinity(0))
     (place,) = places(cores=[str(mine[0])])
