@@ -199,7 +199,7 @@ class TritonAttention(AttentionBackend):
 
         slots = self.shape.split_slots(max_seq_len)
         lanes = decode_lanes(len(pieces.starts), self.shape.num_kv_heads, slots, self._multiprocessors)
-        return DecodeLaunch(pieces, count, slots, lanes)
+        return DecodeLaunch(pieces, count, slots, lanes, self._invariant_count if self._is_invariant else 1)
 
     def _scratch_bytes(self, max_seq_len: int, count: int) -> int:
         """Of one piece's partial sums."""

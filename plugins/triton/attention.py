@@ -22,6 +22,8 @@ class DecodeLaunch(NamedTuple):
     slots: int
     """Splits that a piece may have."""
     lanes: int
+    align: int
+    """A power of two: a token's place in a program is its position modulo this. 1: tokens lie from the first row on."""
 
 
 class Layer(NamedTuple):
@@ -48,7 +50,7 @@ def decode(
         decode_kernel, (num_pieces, shape.num_kv_heads, work.lanes),
         query, view.data, view.scales, tables, *pieces, out, acc, peak, total,
         *query.stride()[:2], out.stride(0), view.block_stride, tables.stride(0), work.slots, layer.scale, layer.softcap,
-        **decode_constants(shape, layer.decode, work.most),
+        **decode_constants(shape, layer.decode, work.most, work.align),
     )  # fmt: skip
     if work.slots > 1:
         launch(
@@ -71,12 +73,13 @@ def prefill(
     )  # fmt: skip
 
 
-def decode_constants(shape: LayerShape, config: KernelConfig, count: int) -> dict[str, Any]:
+def decode_constants(shape: LayerShape, config: KernelConfig, count: int, align: int = 1) -> dict[str, Any]:
     """Compile-time arguments of `decode_kernel` for pieces of up to `count` tokens."""
     return _constants(shape, config) | {
         "COUNT": count,
         "MAX_SPLITS": shape.max_splits,
-        "BLOCK_M": max(config.rows, shape.decode_rows(count)),
+        "ALIGN": align,
+        "BLOCK_M": max(config.rows, shape.decode_rows(max(count, align))),
     }
 
 

@@ -34,10 +34,11 @@ def decode_kernel(
     query, data, scales, tables, table_rows, starts, counts, seq_lens, out, part_acc, part_peak, part_total,
     query_stride, query_head_stride, out_stride, block_stride, table_stride, slots, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, KV head, lane) sums splits lane, lane + lanes, … of its piece, which has at most COUNT tokens.
+    A token's rows begin at its position modulo ALIGN.
 
     Partial sums lie at [piece, split, token of the piece, head]; `slots` splits have room. A piece with a single split
     is finished here. The splits of a lane are one loop, so that loads run ahead across their borders."""
@@ -50,8 +51,8 @@ def decode_kernel(
     start = tl.load(starts + piece).to(tl.int64)
     table = tables + tl.load(table_rows + piece).to(tl.int64) * table_stride
     rows, channels = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    tokens, heads = rows // GROUP, head * GROUP + rows % GROUP
-    is_row = tokens < count
+    tokens, heads = rows // GROUP - (seq_len - count) % ALIGN, head * GROUP + rows % GROUP
+    is_row = (tokens >= 0) & (tokens < count)
     row_positions = tl.where(is_row, seq_len - count + tokens, seq_len - 1)
     mask = is_row[:, None] & (channels < HEAD_SIZE)[None, :]
     from_query = (start + tokens)[:, None] * query_stride + heads[:, None] * query_head_stride + channels[None, :]

@@ -2,8 +2,8 @@
 
 A program works on one piece of a sequence: some tokens next to each other, and of each the query heads that share a
 KV head. These (token, head) pairs are the rows of its matrices: row r is token r // GROUP, head r % GROUP. A piece is
-given by four numbers: the row of the block table, the place of its first token in the batch, how many tokens it has, and
-how many tokens the sequence has up to and including its last one.
+given by four numbers: the row of the block table, the place of its first token in the batch, how many tokens it has,
+and how many tokens the sequence has up to and including its last one.
 
 The softmax is computed piece by piece over tiles of keys (online softmax: Milakov and Gimelshein 2018; FlashAttention,
 Dao et al. 2022), with powers of two instead of e. Keys lie in tiles by their position in the sequence, so a row goes

@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from interlace.plugins.triton.attention_config import power_of_two
-
 Array = npt.NDArray[np.int64]
-
-_ALIGNED = 1024
-"""Where splits change their size (`attention_parts.SPLIT_STEP`)."""
 
 
 class Cut(NamedTuple):
@@ -48,19 +43,19 @@ def cut_rows(query_lens: Array, context_lens: Array, max_verify: int, prefill_co
 
 
 def cut_invariant(query_lens: Array, context_lens: Array, count: int, max_pieces: int) -> Iterator[Cut]:
-    """All rows for the decode kernel, in pieces of `count` tokens, or fewer where a split may change its size: what a
-    token's sums are made of follows from its position. At most `max_pieces` to a launch."""
+    """All rows for the decode kernel, in pieces that end where the position is a multiple of `count`, a power of two:
+    so what a token is computed with follows from its position, and splits change their size between pieces only. At
+    most `max_pieces` to a launch."""
     pieces: list[tuple[int, int, int, int]] = []
     for row, (start, length, context) in enumerate(zip(_starts(query_lens), query_lens, context_lens, strict=True)):
         done = 0
         while done < length:
-            position = context + done
-            end = min(length, done + count, (position // _ALIGNED + 1) * _ALIGNED - context)
+            end = min(length, ((context + done) // count + 1) * count - context)
             pieces.append((row, start + done, end - done, context + end))
             done = end
     for first in range(0, len(pieces), max_pieces):
         rows, starts, counts, seq_lens = np.array(pieces[first : first + max_pieces], dtype=np.int64).T
-        yield _cut(rows, starts, counts, seq_lens, power_of_two(count))
+        yield _cut(rows, starts, counts, seq_lens, count)
 
 
 def _starts(query_lens: Array) -> Array:

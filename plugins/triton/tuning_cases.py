@@ -49,7 +49,7 @@ def make_measure(kind: str, shape: LayerShape, dtype: str, device: str) -> Calla
         pieces = Pieces(*runtime.to_device(cut.array, device).unbind(0))
         slots = shape.split_slots(longest)
         lanes = decode_lanes(len(rows), shape.num_kv_heads, slots, runtime.multiprocessors(device))
-        work = attention.DecodeLaunch(pieces, 1, slots, lanes)
+        work = attention.DecodeLaunch(pieces, 1, slots, lanes, 1)
 
         def run() -> None:
             if kind == "decode":
