@@ -37,9 +37,9 @@ class Setup(msgspec.Struct, frozen=True):
     place: Place
     seat: Seat
     meeting: Rendezvous
-    stacks: int
-    """Descriptor of the file that `STACKS_SIGNAL` writes to."""
     log_level: int
+    stacks: int = -1
+    """Descriptor of the file that `STACKS_SIGNAL` writes to."""
 
 
 class _LogOverChannel(logging.Handler):

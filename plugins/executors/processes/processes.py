@@ -24,7 +24,7 @@ from interlace.clock import Clock
 from interlace.errors import InterlaceError
 from interlace.plugins.executors.processes.channel import MessageReader
 from interlace.plugins.executors.processes.child import STACKS_SIGNAL, Setup
-from interlace.plugins.executors.processes.ring import RingClosedError, RingWriter, Seat
+from interlace.plugins.executors.processes.ring import RingClosedError, RingWriter
 from interlace.plugins.executors.ranks import wire
 from interlace.plugins.executors.ranks.ledger import StepLedger, Trouble
 from interlace.plugins.executors.ranks.meeting import BoardSeat, Rendezvous, make_seats
@@ -50,24 +50,32 @@ OnDeath = Callable[[BaseException], None]
 class _Rank:
     """One process, and what it takes to hear it."""
 
-    def __init__(self, spec: ResolvedSpec, place: Place, seat: Seat, meeting: Rendezvous, inherited: int) -> None:
-        self.place = place
-        self.stacks = os.memfd_create("interlace-stacks")
-        ours, theirs = socket.socketpair()
-        self.socket = ours
-        self.reader = MessageReader(ours)
+    def __init__(self, setup: Setup, inherited: Sequence[int]) -> None:
+        """`inherited`: descriptors that `setup` refers to, besides the one it adds."""
+        self.place = setup.place
         self.heard_all = False
-        board = meeting.board.descriptors if meeting.board is not None else ()
-        setup = Setup(spec, place, seat, meeting, self.stacks, logging.getLogger("interlace").getEffectiveLevel())
+        self.socket, theirs = socket.socketpair()
+        self.stacks = os.memfd_create("interlace-stacks")
+        self._setup = msgspec.structs.replace(setup, stacks=self.stacks)
+        self.reader = MessageReader(self.socket)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", Setup.__module__, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self.stacks, inherited, *board, *seat.descriptors),
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", Setup.__module__, str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), self.stacks, *inherited),
+                )
+            except BaseException:
+                self.socket.close()
+                os.close(self.stacks)
+                raise
         self.pidfd = os.pidfd_open(self.process.pid)
-        message = msgspec.msgpack.encode(setup)
-        ours.sendall(len(message).to_bytes(8, "little") + message)
+
+    def introduce(self) -> None:
+        """Tell it who it is. If it has ended already, that is noticed as for any rank."""
+        message = msgspec.msgpack.encode(self._setup)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.socket.sendall(len(message).to_bytes(8, "little") + message)
 
     @property
     def name(self) -> str:
@@ -194,10 +202,14 @@ class RankProcesses:
                 self._on_death(error)
 
     def _spawn(self) -> None:
-        meeting = Rendezvous(file=f"/proc/self/fd/{self._file}", interface="lo")
+        level = logging.getLogger("interlace").getEffectiveLevel()
         for place, seat, board in zip(self._places, self._ring.seats, self._boards, strict=True):
-            met = msgspec.structs.replace(meeting, board=board)
-            self._ranks.append(_Rank(self._spec, place, seat, met, self._file))
+            meeting = Rendezvous(file=f"/proc/self/fd/{self._file}", interface="lo", board=board)
+            shared = () if board is None else board.descriptors
+            setup = Setup(self._spec, place, seat, meeting, level)
+            self._ranks.append(_Rank(setup, (self._file, *seat.descriptors, *shared)))
+        for rank in self._ranks:
+            rank.introduce()
 
     def _end(self) -> None:
         """Kill what still runs; afterwards nothing is left of any of them."""
@@ -303,8 +315,9 @@ class StepWatch:
     def __init__(self, ledger: StepLedger, clock: Clock, timeout: float) -> None:
         self._ledger = ledger
         self._clock = clock
+        self._timeout = timeout
         # Before the engine's own watchdog, which knows nothing of ranks, ends the whole engine after `timeout`.
-        self._limit = timeout * (LOOKS - 1) / LOOKS
+        self._limit = max(timeout / 2, timeout * (LOOKS - 1) / LOOKS - STACKS_TIMEOUT)
         self.interval = timeout / LOOKS / 2
         self._progress = -1
         self._stuck = 0.0
@@ -322,6 +335,6 @@ class StepWatch:
         if self._stuck < self._limit:
             return None
         return (
-            f"the ranks have been busy with one step for {self._stuck:.1f} s (engine.step_timeout_s allows "
-            f"{self._limit * LOOKS / (LOOKS - 1):g} s for all of it)"
+            f"the ranks have been busy with one step for {self._stuck:.1f} s (engine.step_timeout_s = "
+            f"{self._timeout:g} allows little more)"
         )
