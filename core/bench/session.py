@@ -55,16 +55,24 @@ class StepCounter:
     def __init__(self) -> None:
         self.steps = 0
         self.preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
         self.plugin_seconds: dict[str, float] = {}
+
+        self._prefix: dict[int, tuple[int, int]] = {}  # replica → tokens looked up and found
+
+    @property
+    def prefix_queries(self) -> int:
+        return sum(queries for queries, _ in self._prefix.values())
+
+    @property
+    def prefix_hits(self) -> int:
+        return sum(hits for _, hits in self._prefix.values())
 
     @hookimpl
     def on_step(self, stats: StepStats) -> None:
-        """Add one step; the prefix counts are totals already."""
+        """Add one step; the prefix counts are totals of an engine already."""
         self.steps += 1
         self.preemptions += stats.num_preemptions
-        self.prefix_queries, self.prefix_hits = stats.prefix_queries, stats.prefix_hits
+        self._prefix[stats.engine] = (stats.prefix_queries, stats.prefix_hits)
         for name, seconds in stats.plugin_seconds.items():
             if name != OWN_ACCOUNT:
                 self.plugin_seconds[name] = self.plugin_seconds.get(name, 0.0) + seconds

@@ -21,6 +21,7 @@ DATASETS = ("random", "sharegpt")
 def add_parser(subparsers: Any) -> None:
     """Declare the benchmarks."""
     from interlace.cli.bench_parts import add_parts
+    from interlace.cli.bench_replicas import add_replicas
     from interlace.cli.bench_serve_flags import add_serve
 
     parser = subparsers.add_parser("bench", help="measure an engine, its parts, or a server", description=__doc__)
@@ -29,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     _add_latency(benchmarks)
     _add_prefill(benchmarks)
     add_parts(benchmarks)
+    add_replicas(benchmarks)
     add_serve(benchmarks)
 
 
@@ -119,12 +121,17 @@ def _add_count(parser: argparse.ArgumentParser, flag: str, default: int | None, 
 def run(args: argparse.Namespace, loaded: LoadedSettings) -> int:
     """Run the benchmark and print its report; everything else goes to stderr."""
     if args.benchmark is None:
-        names = ("throughput", "latency", "prefill", "startup", "host", "executor", "kernels", "step", "serve")
+        parts = ("startup", "host", "executor", "kernels", "step", "router", "replicas")
+        names = ("throughput", "latency", "prefill", *parts, "serve")
         raise UsageError(f"which benchmark? interlace bench {', bench '.join(names)}")
     if args.benchmark in ("startup", "host", "executor", "kernels", "step"):
         from interlace.cli import bench_parts
 
         return bench_parts.run(args, loaded)
+    if args.benchmark in ("router", "replicas"):
+        from interlace.cli import bench_replicas
+
+        return bench_replicas.run(args, loaded)
     if args.benchmark == "serve":
         from interlace.cli import bench_serve
 

@@ -279,9 +279,9 @@ def _add(fleet: Fleet, rng: random.Random, number: int) -> None:
     except EngineDeadError:
         assert all(client.dead is not None for client in fleet.clients), "refused although a replica works"
         return
-    for name in {request.group for request in requests} - {None}:
-        places = {i for i, one in enumerate(fleet.clients) for r in one.added if r.group == name}
-        assert len(places) == 1, f"samples of {name} are in several replicas: {places}"
+    for group in {request.group for request in requests} - {None}:
+        places = {i for i, one in enumerate(fleet.clients) for r in one.added if r.group == group}
+        assert len(places) == 1, f"samples of {group} are in several replicas: {places}"
 
 
 def _some(rng: random.Random, ids: Sequence[str]) -> list[str]:
