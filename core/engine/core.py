@@ -211,7 +211,8 @@ class EngineCore:
         """Take in every row's tokens; returns the requests that still run the row's generation, and their counts."""
         confirmed, num_new_tokens, token_ids, news = [], [], result.token_ids, self._out.add_token
         # All that is done for every token of every decoding request: nothing here but what such a row needs.
-        plain = not (result.errors or result.prompt_logprobs or result.logprobs or self._steps)
+        plain = not (result.errors or result.prompt_logprobs or result.logprobs)
+        filled = self.kv.block_size if self._steps else self.max_model_len + 1  # `_append` publishes what is full late
         offset = 0
         rows = zip(step.requests, step.generations, step.plan.num_tokens, step.plan.sample, result.counts, strict=True)
         for row, (state, generation, num_tokens, samples, count) in enumerate(rows):
@@ -220,7 +221,7 @@ class EngineCore:
                 continue  # finished, aborted or preempted meanwhile
             confirmed.append(state)
             num_new_tokens.append(count)
-            if plain and samples and count == 1:
+            if plain and samples and count == 1 and (state.num_known + 1) % filled:
                 token = token_ids[start]
                 state.num_in_flight -= num_tokens
                 state.samples_in_flight -= 1
@@ -271,8 +272,7 @@ class EngineCore:
             self._steps[-1].published += self.kv.publish(state)
 
     def _end_if_stopped(self, state: RequestState, token: int) -> bool:
-        finish = self._stop_check(state, token)
-        if finish is not None:
+        if (finish := self._stop_check(state, token)) is not None:
             self._finish(state, finish)
         return finish is not None
 
