@@ -82,15 +82,14 @@ class ModelHarness:
                     caches[j] = torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
                     caches[j].fill_(torch.nan)
                 self._layers[layer] = LayerCache(backend, caches[j].view(layout.shape), number)
-        here = parallel.layers_here(len(specs))
-        self._layers = {layer: cache for layer, cache in sorted(self._layers.items()) if layer in here}
+        self._layers = {layer: self._layers[layer] for layer in parallel.layers_here(len(specs))}
         self._has_head = parallel.is_last_stage
         windows = [group.window for group in self.groups]
         self._pager = Pager(windows, block_size, num_blocks, max_model_len, device)
         self._program: StepProgram | None = None
         if program:
-            layers = list(self._layers.values())
             with torch.inference_mode():
+                layers = list(self._layers.values())
                 made = build.kernels.compile_step(self.model, layers, max_model_len, max_model_len)
             if isinstance(made, str):
                 raise ValueError(f"no step program: {made}")
