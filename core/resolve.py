@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_MODEL_LEN = 8192
 """Cap of `max_model_len` where it is not set: one request of that length fits a modest KV cache."""
 
+_BFLOAT16_CAPABILITY = (8, 0)
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
 
 
@@ -151,13 +152,20 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """`auto` settled: bfloat16 on a GPU and on CPUs that multiply it natively, else float32."""
+    """`auto` settled: bfloat16 on GPUs and CPUs that multiply it natively, else float16 on GPUs and float32 on CPUs."""
     if dtype != "auto":
         return dtype
     if device != "cpu":
-        return "bfloat16"
+        return "float16" if _capability(device) < _BFLOAT16_CAPABILITY else "bfloat16"
     flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     return "bfloat16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else "float32"
+
+
+def _capability(device: str) -> tuple[int, int]:
+    """Compute capability of a GPU; that of the first with bfloat16 where torch sees none."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else _BFLOAT16_CAPABILITY
 
 
 def model_limit(config: ModelConfig) -> int:

@@ -23,7 +23,8 @@ class StepProfile(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     steps: int
     parts: dict[str, float]
-    """`batch`, `model` and `sampling` make up the step; `model: …` are the model's ops, run one by one."""
+    """`batch`, `model` and `sampling` make up the step; `model: …` are the model's ops, run one by one. On a GPU
+    `submit` (the host's work, hidden by the step before it in an engine) and `wait` do."""
 
     @property
     def total(self) -> float:

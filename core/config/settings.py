@@ -117,7 +117,7 @@ class AttentionSettings(Section):
         description="`auto`, or the name of an attention plugin. `auto` asks the backends of `auto_order`.",
     )
     auto_order: list[str] = Field(
-        default=["native", "flash", "triton", "torch"],
+        default=["native", "flash", "triton", "triton_invariant", "torch"],
         description="Backends `auto` asks, best first; names that are not installed are skipped, and installed ones "
         "that are not listed take no part.",
     )
@@ -337,7 +337,8 @@ class Settings(Section):
         default="smollm2", description="A name from `interlace models`, a file or directory, or a Hugging Face hub id."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type to compute in. `auto`: bfloat16 where the hardware has it, else float32."
+        default="auto",
+        description="Type to compute in. `auto`: bfloat16 where the hardware has it, else float32 (on a GPU float16).",
     )
     weights: Literal["auto", "as-shipped", "bf16", "int8", "float32"] = Field(
         default="auto",
