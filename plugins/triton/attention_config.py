@@ -96,6 +96,27 @@ def default_prefill(shape: LayerShape) -> KernelConfig:
     return config._replace(rows=max(config.rows, power_of_two(shape.group)))
 
 
+def fitted(config: KernelConfig, shape: LayerShape, shared_memory: int) -> KernelConfig:
+    """`config` with as few stages, then as small tiles and rows, as `shared_memory` (bytes of a program) demands."""
+    while _shared_bytes(config, shape) > shared_memory:
+        if config.stages > 2:
+            config = config._replace(stages=config.stages - 1)
+        elif config.tile > _MIN_ROWS:
+            config = config._replace(tile=config.tile // 2)
+        elif config.rows > max(_MIN_ROWS, power_of_two(shape.group)):
+            config = config._replace(rows=config.rows // 2)
+        else:
+            break  # left to the compiler, whose error says it better
+    return config
+
+
+def _shared_bytes(config: KernelConfig, shape: LayerShape) -> int:
+    """What a kernel takes at most: queries, weights, and a buffer of keys and values per stage."""
+    cached = 1 if shape.is_fp8 else shape.itemsize
+    queries = max(config.rows, shape.decode_rows(shape.max_verify)) * (shape.block_d + config.tile) * shape.itemsize
+    return queries + 2 * config.stages * config.tile * shape.block_d * cached
+
+
 def decode_lanes(pieces: int, num_kv_heads: int, slots: int, multiprocessors: int) -> int:
     """Programs that share the splits of a piece: enough to fill the device, at most one per split."""
     wanted = -(-_LANES_PER_MULTIPROCESSOR * multiprocessors // (pieces * num_kv_heads))

@@ -14,7 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from interlace.plugins.triton.attention_parts import load_blocks, nothing_yet, softmax_step, splits_of
+from interlace.plugins.triton.attention_parts import (
+    UNSPECIALISED,
+    load_blocks,
+    nothing_yet,
+    softmax_step,
+    splits_of,
+)
 
 MERGED_AT_ONCE = 8
 """Splits that the second kernel reads at a time."""
@@ -29,7 +35,7 @@ class Pieces(NamedTuple):
     seq_lens: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def decode_kernel(
     query, data, scales, tables, table_rows, starts, counts, seq_lens, out, part_acc, part_peak, part_total,
     query_stride, query_head_stride, out_stride, block_stride, table_stride, slots, scale, softcap,
@@ -90,7 +96,7 @@ def decode_kernel(
             peak, total, acc = nothing_yet(BLOCK_M, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def merge_kernel(
     starts, counts, seq_lens, out, part_acc, part_peak, part_total, out_stride, slots,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, WINDOW: tl.constexpr, COUNT: tl.constexpr,

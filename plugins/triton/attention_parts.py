@@ -15,6 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+UNSPECIALISED = ("tables", "table_rows", "starts", "counts", "seq_lens", "table_stride", "slots", "num_tokens")
+"""Arguments that Triton must not look at: it compiles a kernel anew where an address or a number is a multiple of 16,
+or 1, and was not before. These change from step to step, and nothing is gained."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 MIN_SPLIT = 128

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from interlace.plugins.triton.attention_parts import load_blocks, nothing_yet, softmax_step
+from interlace.plugins.triton.attention_parts import UNSPECIALISED, load_blocks, nothing_yet, softmax_step
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _walk(
     return peak, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def prefill_kernel(
     query, data, scales, tables, table_rows, starts, counts, seq_lens, out,
     query_stride, query_head_stride, out_stride, block_stride, table_stride, scale, softcap,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from interlace.plugins.triton.attention_parts import UNSPECIALISED
 from interlace.plugins.triton.runtime import is_interpreted, launch
 
 FP8_MAX = tl.constexpr(448.0)
@@ -77,7 +78,7 @@ def store_vectors(
     tl.store(data + places, x.to(data.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def write_kv_kernel(
     key, value, data, scales, slots, num_tokens,
     key_stride, key_head_stride, value_stride, value_head_stride, block_stride,

@@ -66,6 +66,12 @@ def multiprocessors(device: str) -> int:
     return int(torch.cuda.get_device_properties(torch.device(device)).multi_processor_count)
 
 
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that one program may use on `device`, a GPU."""
+    found = torch.cuda.get_device_properties(torch.device(device))
+    return int(getattr(found, "shared_memory_per_block_optin", MAX_SHARED_MEMORY))
+
+
 def to_device(values: Any, device: str) -> torch.Tensor:
     """A numpy array as a tensor on `device`, without waiting for the device."""
     tensor = torch.from_numpy(values)

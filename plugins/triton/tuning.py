@@ -10,17 +10,19 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from interlace.plugins.triton import runtime
 from interlace.plugins.triton.attention_config import (
     KernelConfig,
     LayerShape,
     default_decode,
     default_prefill,
+    fitted,
     power_of_two,
 )
 
@@ -28,9 +30,6 @@ logger = logging.getLogger("interlace.attention.triton")
 
 _INTERPRETED = (KernelConfig(16, 64, 4, 1), KernelConfig(64, 128, 4, 1))
 """(decode, prefill): the interpreter pays per step of a program, not per value."""
-
-Measure = Callable[[KernelConfig], float]
-"""Seconds that a kernel takes as configured; raises what the compiler or the device says against it."""
 
 
 def choose_configs(
@@ -43,36 +42,21 @@ def choose_configs(
         return decode, prefill._replace(rows=max(prefill.rows, power_of_two(shape.group)))
     store = TuningStore(Path(folder).expanduser(), _device_name(device))
     chosen = []
+    room = runtime.shared_memory(device)
     for kind, default, candidates in (
-        ("decode", default_decode(shape), decode_candidates(shape)),
-        ("prefill", default_prefill(shape), prefill_candidates(shape)),
+        ("decode", fitted(default_decode(shape), shape, room), decode_candidates(shape)),
+        ("prefill", fitted(default_prefill(shape), shape, room), prefill_candidates(shape)),
     ):
         key = _key(kind, shape, dtype)
         known = store.get(key)
         if known is None and tune:
-            from interlace.plugins.triton.tuning_cases import make_measure
+            from interlace.plugins.triton.tuning_cases import find_best
 
-            known = find_best([default, *candidates], make_measure(kind, shape, dtype, device))
+            known = find_best(kind, shape, dtype, device, [default, *candidates])
             store.put(key, known)
             logger.info("tuned %s attention: %s (%s)", kind, known, key)
         chosen.append(known or default)
     return chosen[0], chosen[1]
-
-
-def find_best(candidates: Iterable[KernelConfig], measure: Measure) -> KernelConfig:
-    """The fastest candidate; those that fail (too much shared memory, too many registers) are left out, unless all do:
-    then the last error is raised."""
-    times: dict[KernelConfig, float] = {}
-    failure: Exception | None = None
-    for config in dict.fromkeys(candidates):
-        try:
-            times[config] = measure(config)
-        except Exception as error:
-            logger.debug("%s does not run: %s", config, error)
-            failure = error
-    if not times:
-        raise failure or ValueError("there are no candidates")
-    return min(times, key=times.__getitem__)
 
 
 class TuningStore:

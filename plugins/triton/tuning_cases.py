@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from interlace.plugins.triton.attention_decode import Pieces
 from interlace.plugins.triton.attention_plan import cut_rows
 from interlace.plugins.triton.kv_cache import block_bytes, view_cache
 
+logger = logging.getLogger("interlace.attention.triton")
+
 _DECODE = [(1, 4095)] * 32
 _PREFILL = [(4096, 0), (1024, 2048)]
 """(query tokens, tokens before them) of each sequence."""
@@ -21,8 +24,37 @@ _CACHE_BYTES = 512 << 20
 """Of blocks that sequences share if they need more: far beyond the caches of any GPU."""
 
 
-def make_measure(kind: str, shape: LayerShape, dtype: str, device: str) -> Callable[[KernelConfig], float]:
-    """A function that says how long `kind` (decode, prefill) takes, in milliseconds."""
+Measure = Callable[[KernelConfig], float]
+"""Milliseconds that a kernel takes as configured; raises what the compiler or the device says against it."""
+
+
+def find_best(
+    kind: str, shape: LayerShape, dtype: str, device: str, candidates: Iterable[KernelConfig]
+) -> KernelConfig:
+    """The fastest of `candidates` for `kind` (decode, prefill). Gives its memory back to the device, where the KV cache
+    is yet to come."""
+    best = pick_fastest(candidates, _make_measure(kind, shape, dtype, device))
+    torch.cuda.empty_cache()
+    return best
+
+
+def pick_fastest(candidates: Iterable[KernelConfig], measure: Measure) -> KernelConfig:
+    """The fastest candidate; those that fail (too much shared memory, too many registers) are left out, unless all do:
+    then the last error is raised."""
+    times: dict[KernelConfig, float] = {}
+    failure: Exception | None = None
+    for config in dict.fromkeys(candidates):
+        try:
+            times[config] = measure(config)
+        except Exception as error:
+            logger.debug("%s does not run: %s", config, error)
+            failure = error
+    if not times:
+        raise failure or ValueError("there are no candidates")
+    return min(times, key=times.__getitem__)
+
+
+def _make_measure(kind: str, shape: LayerShape, dtype: str, device: str) -> Measure:
     rows = _DECODE if kind == "decode" else _PREFILL
     query_lens, context_lens = (np.array(lengths, dtype=np.int64) for lengths in zip(*rows, strict=True))
     torch_dtype: torch.dtype = getattr(torch, dtype)

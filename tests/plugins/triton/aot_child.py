@@ -24,7 +24,8 @@ def compile_case(case: dict) -> dict:
             continue
         signature[argument] = types[argument].removesuffix("!")
         # As a launch specialises: addresses and numbers that 16 divides.
-        if signature[argument].startswith("*") or types[argument].endswith("!"):
+        aligned = signature[argument].startswith("*") or types[argument].endswith("!")
+        if aligned and not kernel.params[index].do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
     target = GPUTarget("cuda", case.get("capability", 90), 32)

@@ -8,9 +8,10 @@ import logging
 import pytest
 import torch
 
-from interlace.plugins.triton import tuning, tuning_cases
-from interlace.plugins.triton.attention_config import KernelConfig, LayerShape, default_decode, default_prefill
-from interlace.plugins.triton.tuning import TuningStore, choose_configs, find_best
+from interlace.plugins.triton import runtime, tuning, tuning_cases
+from interlace.plugins.triton.attention_config import KernelConfig, LayerShape, default_decode, default_prefill, fitted
+from interlace.plugins.triton.tuning import TuningStore, choose_configs
+from interlace.plugins.triton.tuning_cases import pick_fastest
 
 SHAPE = LayerShape(8, 4, 128, 64, 2, False, 0, False)
 FIGURES = KernelConfig(16, 32, 2, 3)
@@ -19,6 +20,7 @@ FIGURES = KernelConfig(16, 32, 2, 3)
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(runtime, "shared_memory", lambda device: runtime.MAX_SHARED_MEMORY)
 
 
 def test_the_fastest_that_runs_wins():
@@ -29,7 +31,7 @@ def test_the_fastest_that_runs_wins():
             raise times[config]
         return times[config]
 
-    assert find_best(times, measure).warps == 4
+    assert pick_fastest(times, measure).warps == 4
 
 
 def test_all_failing_is_an_error():
@@ -37,7 +39,7 @@ def test_all_failing_is_an_error():
         raise RuntimeError("out of resource")
 
     with pytest.raises(RuntimeError, match="out of resource"):
-        find_best([FIGURES], measure)
+        pick_fastest([FIGURES], measure)
 
 
 def test_what_is_kept_is_read(tmp_path):
@@ -81,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 
 def test_the_first_start_measures_nothing(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning_cases, "make_measure", None)
+    monkeypatch.setattr(tuning_cases, "find_best", None)
     found = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), False)
     assert found == (default_decode(SHAPE), default_prefill(SHAPE))
     assert not list(tmp_path.iterdir())
@@ -90,16 +92,26 @@ def test_the_first_start_measures_nothing(gpu, tmp_path, monkeypatch):
 def test_tuning_is_done_once(gpu, tmp_path, monkeypatch):
     asked = []
 
-    def make_measure(kind, shape, dtype, device):
+    def find_best(kind, shape, dtype, device, candidates):
         asked.append(kind)
-        return lambda config: config.tile + config.stages + config.warps
+        return pick_fastest(candidates, lambda config: config.tile + config.stages + config.warps)
 
-    monkeypatch.setattr(tuning_cases, "make_measure", make_measure)
+    monkeypatch.setattr(tuning_cases, "find_best", find_best)
     first = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), True)
     again = choose_configs(SHAPE, "bfloat16", "cuda:0", str(tmp_path), False)
     assert first == again != (default_decode(SHAPE), default_prefill(SHAPE))
     assert asked == ["decode", "prefill"]
     assert choose_configs(SHAPE, "float16", "cuda:0", str(tmp_path), False)[0] == default_decode(SHAPE)
+
+
+@pytest.mark.parametrize("kilobytes", [227, 163, 99, 64])
+def test_defaults_shrink_to_the_device(kilobytes):
+    for shape in (SHAPE, SHAPE._replace(head_size=256), SHAPE._replace(group=8, is_fp8=True)):
+        for default in (default_decode(shape), default_prefill(shape)):
+            found = fitted(default, shape, kilobytes << 10)
+            assert tuning._is_sound(found._asdict()) and found.rows >= shape.group
+            assert found == default or kilobytes < 227
+            assert found.stages >= 2 and 2 * 2 * found.tile * shape.block_d < kilobytes << 10
 
 
 def test_candidates_are_sound():
