@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 const STATUS = { ok: "healthy", degraded: "degraded", restarting: "restarting", dead: "down", lost: "no connection" };
 const LABELS = {
   models: "model family", checkpoints: "checkpoint", schedulers: "scheduler", executors: "executor",
-  attention: "attention", kernels: "kernels", logits_processors: "logits processors", orderings: "orderings",
+  attention: "attention", kernels: "kernels", logits_processors: "logits processors", orderings: "orderings", routers: "router",
 };
 
 let latest = null;
@@ -94,7 +94,7 @@ function showRequests(engine) {
     item.dataset.phase = phase;
     const [id, what, track] = item.children;
     id.textContent = one.id;
-    what.textContent = text;
+    what.textContent = engine.replicas.length ? `${text} · replica ${one.engine}` : text;
     track.firstChild.style.width = `${Math.min(100, share * 100).toFixed(1)}%`;
     return item;
   });
@@ -129,12 +129,18 @@ function facts(list, pairs) {
   }));
 }
 
+function replicaFacts({ replicas }) {
+  const one = (replica) => (replica.works ? `${whole(replica.num_running)} running, ${whole(replica.num_waiting)} waiting` : "not running");
+  return replicas.map((replica) => [`replica ${replica.engine}`, one(replica)]);
+}
+
 function showFacts(live) {
   const { engine } = live;
   facts($("plugins"), Object.entries(engine.plugins).map(([kind, names]) => [LABELS[kind] ?? kind, names.join(", ")]));
   const hits = engine.prefix_queries ? `${((100 * engine.prefix_hits) / engine.prefix_queries).toFixed(0)} % of ${whole(engine.prefix_queries)} tokens` : "–";
   facts($("facts"), [
     ["prefix cache hits", hits],
+    ...replicaFacts(engine),
     ["block size", `${engine.block_size} tokens`],
     ["seats", whole(engine.max_num_seqs)],
     ["token budget of a step", whole(engine.max_num_batched_tokens)],
