@@ -6,7 +6,7 @@ import socket
 import threading
 
 _LENGTH = 8
-_PIECE = 1 << 20
+_PIECE = 1 << 16
 
 
 def frame(message: bytes) -> bytes:
