@@ -1,4 +1,4 @@
-"""SmolLM2 with the attention backends for GPUs, which run in Triton's interpreter here: the same tokens as with torch."""
+"""SmolLM2 with the attention backends for GPUs, in Triton's interpreter: the same tokens as with torch."""
 
 from __future__ import annotations
 

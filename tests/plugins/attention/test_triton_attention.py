@@ -16,7 +16,7 @@ from interlace.plugins.triton.kv_cache import view_cache, write_kv
 from interlace.testing.attention_suite import PagedAttention
 from interlace.testing.reference import dense_attention
 
-SPLITTING = 300
+SPLITTING = 260
 """Tokens that take three splits of 128."""
 
 
@@ -119,15 +119,17 @@ def _pieces(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [AttentionSpec(1, 1, 16), AttentionSpec(1, 1, 16, kind="window", window=1030)])
-def test_invariant_bits_where_splits_change_their_size(spec):
+def test_invariant_bits_where_splits_change_their_size():
     """Splits of sequences beyond 1,024 tokens are larger: no piece of a prompt may have tokens of both kinds."""
     outputs = []
-    for cuts in ([1015, 20], [1020, 1, 1, 5, 8]):
-        cases = paged(spec, backend=InvariantTritonAttention, max_len=1100)
+    spec = AttentionSpec(1, 1, 16)
+    for cuts in ([15, 20], [20, 1, 1, 5, 8]):
+        cases = paged(spec, max_len=1100)
+        cases.step({"a": 1000})  # with the backend that is faster at it: only what it writes counts
+        cases.backend = InvariantTritonAttention(InvariantTritonAttention.Options(), spec, 16, "float32", "cpu")
         for length in cuts:
             cases.step({"a": length})
-        outputs.append(torch.cat(cases.outputs["a"])[1020:1035])
+        outputs.append(torch.cat(cases.outputs["a"])[1000:])
     assert torch.equal(*outputs)
 
 
