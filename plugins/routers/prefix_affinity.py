@@ -36,7 +36,7 @@ class PrefixAffinity(Router):
             0.3, ge=0, le=1, description="Share of the prompt's full blocks that must be known for affinity to count."
         )
         max_imbalance: float = Field(
-            16.0, ge=0, description="Load that a replica may have more than the least busy one and keep its prompts."
+            4.0, ge=0, description="Load that a replica may have more than the least busy one and keep its prompts."
         )
         max_ratio: float = Field(1.5, ge=1, description="The same as a multiple of the least load; both are added.")
         max_blocks: int = Field(
