@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from interlace.worker.control_group import cpu_quota, memory_room
-from interlace.worker.threads import ThreadPlan, default_threads, plan_threads
+from interlace.worker.threads import ThreadPlan, bind, default_threads, plan_threads
 
 
 def tree(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -78,3 +78,11 @@ def test_setting_and_affinity_are_respected():
         assert plan_threads(0).count == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_processors_are_bound_only_where_some_are_named(monkeypatch):
+    calls = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda process, cores: calls.append((process, cores)))
+    bind(())
+    bind((0, 2))
+    assert calls == [(0, (0, 2))]

@@ -226,6 +226,37 @@ class Reduces(Parallel):
         self.rank, self.size, self.all_gather = parallel.rank, parallel.size, parallel.all_gather
 
 
+class SendsNoResidual(Parallel):
+    """Half of what a stage hands on is lost."""
+
+    def __init__(self, parallel):
+        self.stage, self.num_stages, self.receive = parallel.stage, parallel.num_stages, parallel.receive
+        self.send = lambda hidden, residual: parallel.send(hidden, torch.zeros_like(residual))
+
+
+class LosesTheResidual(LlamaForCausalLM):
+    def __init__(self, config, build):
+        super().__init__(config, build._replace(parallel=SendsNoResidual(build.parallel)))
+
+
+class BuildsEveryLayer(LlamaForCausalLM):
+    """Claims to be a stage, and is the whole."""
+
+    def build_layers(self, build, weights, specs):
+        return super().build_layers(build, weights, dict(enumerate(self.attention_specs(self.config))))
+
+
+class CountsTheWhole(LlamaForCausalLM):
+    @property
+    def num_parameters(self):
+        alone = self.build._replace(parallel=Parallel())
+        return LlamaForCausalLM(self.config, alone).num_parameters
+
+    def __init__(self, config, build):
+        self.build = build
+        super().__init__(config, build)
+
+
 class ForgetsAllReduce(LlamaForCausalLM):
     def __init__(self, config, build):
         super().__init__(config, build._replace(parallel=Reduces(build.parallel)))
@@ -313,6 +344,9 @@ WRONG = [
     (OneSpecTooMany, "test_attention_is_used", "declares 4 layers, .* in layers"),
     (WholeSpecs, "test_attention_is_used", "a rank of 2 attends with|Error"),
     (ForgetsAllReduce, "test_tensor_parallel", "rank 0 of 2: relative error"),
+    (LosesTheResidual, "test_pipeline_parallel", "rank 0 of 1 of the last of 2 stages: relative error"),
+    (BuildsEveryLayer, "test_pipeline_parallel", "KeyError"),
+    (CountsTheWhole, "test_each_rank_holds_a_part", r"num_parameters of 2 ranks x 1 stages are \[(\d+), \1\]"),
     (FailsOnOneRank, "test_tensor_parallel", "ValueError: rank 1 is out"),
     (MixesRows, "test_one_sequence", "relative error"),
     (DropsUnknown, "test_unexpected", "accepted in which .*no_such_tensor is unexpected"),
