@@ -210,6 +210,10 @@ class ModelConformance(Conformance):
                 found.append((layer, [tuple(tensor.shape) for tensor in given]))
                 return super().attend(layer, *given)
 
+            def attend_turned(self, layer: int, *given: Any) -> torch.Tensor:
+                found.append((layer, [tuple(tensor.shape) for tensor in given[:3]]))
+                return super().attend_turned(layer, *given)
+
         self._harness(parallel=rank, context=Watching).run(self._tokens(5)[:5])
         return found
 
