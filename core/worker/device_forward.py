@@ -69,6 +69,7 @@ class DeviceForward:
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
         most = max(self._layout(rows, max_tokens, rows).num_bytes, self._decode_layout(rows).num_bytes)
         self._step = Upload(stream, most, depth)
+        self._results: dict[GraphKey, Logits] = {}
         self._news = Upload(stream, 4096, depth, grows=True)
 
     # ── what is sent ──────────────────────────────────────────────────────────────────────────────────────────
@@ -153,7 +154,7 @@ class DeviceForward:
 
     # ── decode steps as device graphs ─────────────────────────────────────────────────────────────────────────
 
-    def graph_work(self, key: GraphKey, out: Logits) -> Work:
+    def graph_work(self, key: GraphKey) -> Work:
         """What a graph holds: a decode step over what `decode` sends. Now only padding is there."""
         layout = self._decode_layout(key.rows)
         package = self._step.pack(layout, {}, self._padding)
@@ -164,19 +165,21 @@ class DeviceForward:
         mappings = [given[f"slot_mapping.{group}"] for group in self._groups]
         batch = DecodeBatch(given["positions"], given["seq_lens"], tables, mappings, key.max_seq_len)
         metadata = [backend.prepare_decode(batch, group) for group, backend in enumerate(self._backends)]
+        result = self._results[key] = Logits()  # of this graph alone: every replay writes into the same tensors
 
         @torch.inference_mode()
         def work() -> None:
             for table, own in zip(self._tables, tables, strict=True):
                 torch.index_select(table[:, :width], 0, given["token_slots"], out=own)
             hidden = self._run_model(self._token_ids(given), batch.positions, metadata)
-            self._finish(self._model.logits(hidden), given, given["token_slots"], key.mode, out)
-            out.hidden = hidden
+            self._finish(self._model.logits(hidden), given, given["token_slots"], key.mode, result)
+            if key.mode is None:
+                result.hidden = hidden
 
         return work
 
-    def decode(self, inputs: StepInputs, sampling: Columns, key: GraphKey, replay: Work) -> Work:
-        """Work that runs a decode step by `replay` of its graph."""
+    def decode(self, inputs: StepInputs, sampling: Columns, key: GraphKey, replay: Work, out: Logits) -> Work:
+        """Work that runs a decode step by `replay` of its graph; as `step` with the mode of `key`."""
         columns = self._columns(inputs, sampling)
         package = self._step.pack(self._decode_layout(key.rows), columns, self._padding)
 
@@ -184,6 +187,9 @@ class DeviceForward:
         def work() -> None:
             package.send()
             replay()
+            if key.mode is None:
+                result = self._results[key]
+                out.hidden, out.logits = result.hidden, result.logits
 
         return work
 

@@ -99,7 +99,7 @@ class DeviceRunner(ModelRunner):
                 graph_sizes,
                 batch.max_num_seqs,
                 max_model_len,
-                lambda key: self._forward.graph_work(key, self._logits),
+                self._forward.graph_work,
                 now,
             )
         self._fetched = [stream.pinned(8 * batch.max_num_seqs).view(torch.int64) for _ in range(depth)]
@@ -188,7 +188,7 @@ class DeviceRunner(ModelRunner):
             key = self.graphs.key(len(inputs.rows), inputs.longest, mode)
             replay = None if key is None else self.graphs.find(key)
             if key is not None and replay is not None:
-                return self._forward.decode(inputs, sampling, key, replay)
+                return self._forward.decode(inputs, sampling, key, replay, self._logits)
         return self._forward.step(inputs, sampling, mode, self._logits)
 
     def _hand_over(self, step: _InFlight, works: Sequence[Work]) -> None:

@@ -46,7 +46,8 @@ class Stream(ABC):
     @abstractmethod
     def capture(self, work: Work) -> Work:
         """Make `work` one call, to be used within `submit`. `work` is run now, at least once, so it must do no harm;
-        waits for everything submitted before. Raises if it cannot be captured; the stream goes on then."""
+        the call repeats what the device did, and none of the Python around it. It keeps `work` alive. Waits for
+        everything submitted before. Raises if `work` cannot be captured; the stream goes on then."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -102,10 +103,18 @@ class CudaStream(Stream):
             work()  # compiles kernels and takes workspaces, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of the process may use CUDA meanwhile, another engine's for one
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # The outer context restores the stream, which the inner one does not if the capture fails. thread_local:
+            # other threads of the process may use CUDA meanwhile, another engine's for one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 work()
-        return graph.replay
+
+        def replay(captured: Work = work) -> None:  # `captured` holds the tensors the graph reads and writes
+            graph.replay()
+
+        return replay
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

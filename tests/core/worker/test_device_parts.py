@@ -16,6 +16,7 @@ from interlace.sampling.device import SamplingMode
 from interlace.testing.executor_driver import WorkerExecutor
 from interlace.testing.fake_stream import FakeStream
 from interlace.worker.device_batch import FED_BACK, DeviceBatch
+from interlace.worker.device_forward import Logits
 from interlace.worker.graphs import SIZES, DecodeGraphs, GraphKey, choose_sizes
 from interlace.worker.step_buffers import Layout, Upload
 
@@ -231,3 +232,20 @@ def test_inference_mode_reaches_the_device(tiny_spec, drive):
     driver.add([1, 2], temperature=0.0, max_tokens=3)
     driver.run()
     assert len(modes) >= 3 and all(modes)
+
+
+def test_a_graph_that_ends_with_logits_has_its_own(tiny_spec, drive):
+    """A replay runs no Python, so the results must be those of the graph that is replayed, not of the last captured."""
+    driver = drive(tiny_spec(), FakeStream())
+    runner = driver.executor._worker._runner
+    keys = [runner.graphs.key(rows, 10, None) for rows in (1, 4)]
+    with torch.inference_mode():
+        assert all(runner.graphs.find(key) is not None for key in keys)
+        driver.add([1, 2], temperature=0.0, max_tokens=9)
+        driver.step()
+        inputs = runner._device_batch.flatten(plan([0], [1], [True], [BlockDelta([], [], [])]))
+        sampling = runner._device_batch.sampling_columns(inputs)
+        for key in (*keys, keys[0]):
+            out = Logits()
+            runner._forward.decode(inputs, sampling, key, lambda: None, out)()
+            assert out.logits is runner._forward._results[key].logits and len(out.logits) == key.rows

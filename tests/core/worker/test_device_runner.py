@@ -263,3 +263,23 @@ def test_shutdown_settles_what_is_open(tiny_spec, drive):
     driver.executor.shutdown()
     assert [future.done() for future in futures] == [True, True]
     assert all(future.result().token_ids for future in futures)
+
+
+# ── with Triton's kernels ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graphs", [True, False])
+def test_triton_kernels_under_the_device_runner(tiny_spec, drive, graphs):
+    """Attention and sampling in Triton (interpreted), in graphs that read what the runner fills: torch's tokens."""
+    triton = {"attention.use": "triton", "kernels.use": "triton", "cache.block_size": 16, "gpu.graphs": graphs}
+    tokens = []
+    for settings, runs_on in ((triton, stream := FakeStream()), ({"cache.block_size": 16}, WorkerExecutor())):
+        driver = drive(tiny_spec(graphs=False, **settings), runs_on)
+        driver.add([1, 2, 3, 4, 5], temperature=0.0, max_tokens=6)
+        driver.add([9, 8], temperature=1.0, seed=3, top_p=0.9, max_tokens=4)
+        driver.add([7] * 20, temperature=0.7, seed=4, max_tokens=3)
+        driver.run()
+        tokens.append(driver.tokens)
+    assert tokens[0] == tokens[1]
+    assert (stream.num_replayed > 0) == graphs
