@@ -204,7 +204,7 @@ class TritonAttention(AttentionBackend):
     def _scratch_bytes(self, max_seq_len: int, count: int) -> int:
         """Of one piece's partial sums."""
         heads = self.shape.num_kv_heads * self.shape.group
-        return self.shape.split_slots(max_seq_len) * count * heads * (self.shape.head_size + 2) * 4
+        return max(1, self.shape.split_slots(max_seq_len)) * count * heads * (self.shape.head_size + 2) * 4
 
 
 class InvariantTritonAttention(TritonAttention):
