@@ -13,6 +13,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
+from msgspec.structs import replace
+
 from interlace.clock import Clock
 from interlace.errors import InterlaceError
 from interlace.plugins.executors.cluster.launch import LauncherProcess
@@ -199,7 +201,11 @@ class ClusterRanks:
         for said in rank.hear():
             if isinstance(said, wire.Happened | wire.Logged):
                 self._on_event(said)
-            elif (trouble := self._ledger.answer(rank.number, said)) is not None:
+                continue
+            if isinstance(said, wire.Failed):  # of its node, as a rule: a missing file, no memory
+                error = replace(said.error, message=f"{said.error.message} (said by {rank.name})")
+                said = replace(said, error=error)
+            if (trouble := self._ledger.answer(rank.number, said)) is not None:
                 yield trouble
         if rank.gone:
             yield Trouble(rank.number, InterlaceError(f"{rank.name} has closed its connection"), True)

@@ -19,6 +19,7 @@ from interlace.plugins.executors.ray import RayExecutor
 from interlace.testing import ExecutorConformance
 from interlace.testing.executor_driver import Driver
 from interlace.testing.executor_suite import GREEDY
+from interlace.testing.faults import MESSAGE, unreadable
 
 pytestmark = pytest.mark.slow
 SPREAD = {"tensor_parallel": 2, "placement": "strict_spread"}
@@ -145,7 +146,7 @@ def test_a_rank_that_fails_tells_with_its_own_traceback(spec_of):
 
 
 def test_the_launcher_killed_takes_all_with_it(spec_of):
-    with started(spec_of()) as driver:
+    with started(spec_of(address="auto")) as driver:
         generate(driver)
         os.kill(driver.executor.launcher_pid, signal.SIGKILL)
         driver.wait_for_death()
@@ -225,6 +226,17 @@ def test_a_lost_node_is_named_and_the_next_engine_runs_on_what_is_left(spec_of, 
         assert words in str(caught.value)
     with started(spec_of(**SPREAD, placement_timeout_s=60.0)) as driver:
         assert generate(driver) == expected
+
+
+def test_a_rank_that_cannot_start_says_where_it_is(spec_of):
+    import msgspec
+
+    broken = msgspec.structs.replace(spec_of(**SPREAD), checkpoint=unreadable())
+    with (
+        pytest.raises(InterlaceError, match=rf"{MESSAGE} \(said by rank \d \(pid \d+ on node [\d.]+\)\)"),
+        started(broken),
+    ):
+        pass
 
 
 # ── starts that cannot be ─────────────────────────────────────────────────────────────────────────────────────
