@@ -13,6 +13,7 @@
     numerics          how near each way of keeping weights comes to float32: python -m interlace.testing.numerics
     overhead          what the engine itself costs per step: python -m interlace.testing.overhead
     fleet             Fleet: replicas behind a router, without processes; engines die when the test says so
+    fake_stream       FakeStream: a device that is late on purpose, for what runs ahead of one; AheadExecutor over it
     fakes             ScriptedClient: an engine client with known answers, for what surrounds the engine
     model_harness     ModelHarness: a model over a paged cache, without an engine
 
