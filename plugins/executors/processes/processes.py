@@ -54,6 +54,8 @@ class _Rank:
         """`inherited`: descriptors that `setup` refers to, besides the one it adds."""
         self.place = setup.place
         self.heard_all = False
+        self.trouble: Trouble | None = None
+        """The first thing it complained of."""
         self.socket, theirs = socket.socketpair()
         self.stacks = os.memfd_create("interlace-stacks")
         self._setup = msgspec.structs.replace(setup, stacks=self.stacks)
@@ -252,39 +254,41 @@ class RankProcesses:
         return None
 
     def _hear(self, rank: _Rank) -> Trouble | None:
-        trouble: Trouble | None = None
         for said in rank.hear():
             if isinstance(said, wire.Happened | wire.Logged):
                 self._on_event(said)
             else:
                 found = self._ledger.answer(rank.place.rank, said)
-                trouble = trouble or found
-        return trouble
+                rank.trouble = rank.trouble or found
+        return rank.trouble
 
     def _gone(self, rank: _Rank) -> Trouble | None:
         """A process has ended: its last words, or how it ended."""
-        trouble: Trouble | None = None
         while not rank.heard_all:
-            found = self._hear(rank)
-            trouble = trouble or found
-        return trouble or Trouble(rank.place.rank, rank.death(), False)
+            self._hear(rank)
+        return self._trouble_of(rank)
+
+    def _trouble_of(self, rank: _Rank) -> Trouble | None:
+        """What it complained of, or died of."""
+        if rank.trouble is None and rank.heard_all:
+            rank.trouble = Trouble(rank.place.rank, rank.death(), False)
+        return rank.trouble
 
     def _find_cause(self, trouble: Trouble) -> BaseException:
         """The error to tell. That a peer is gone is a consequence: what happened to the peer is heard soon."""
         deadline = self._clock.now() + GRACE
-        while trouble.secondary and (left := deadline - self._clock.now()) > 0:
+        while True:
+            found = [known for rank in self._ranks if (known := self._trouble_of(rank)) is not None]
+            primary = next((known for known in found if not known.secondary), None)
+            talking = {rank.socket.fileno(): rank for rank in self._ranks if not rank.heard_all}
+            left = deadline - self._clock.now()
+            if primary is not None or not talking or left <= 0:
+                return self._name(primary or trouble)
             poller = select.poll()
-            waiting = {rank.socket.fileno(): rank for rank in self._ranks if not rank.heard_all}
-            for descriptor in waiting:
+            for descriptor in talking:
                 poller.register(descriptor, select.POLLIN)
             for descriptor, _ in poller.poll(1000 * left):
-                rank = waiting[descriptor]
-                found = self._hear(rank)
-                if found is None and rank.heard_all:
-                    found = Trouble(rank.place.rank, rank.death(), False)
-                if found is not None and not found.secondary:
-                    trouble = found
-        return self._name(trouble)
+                self._hear(talking[descriptor])
 
     def _name(self, trouble: Trouble) -> BaseException:
         """The error with the rank it comes from, where there is more than one."""

@@ -158,8 +158,6 @@ def merge(infos: Sequence[ExecutorInfo]) -> ExecutorInfo:
     return msgspec.structs.replace(
         first,
         kv=kv,
-        # The next plan waits beside a lone worker, so that it does not wait for the next plan.
-        max_in_flight=max(2, first.max_in_flight) if first.feeds_tokens else first.max_in_flight,
         selections=tuple(selections),
         timings={part: max(info.timings.get(part, 0.0) for info in infos) for part in parts},
     )
