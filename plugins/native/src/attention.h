@@ -46,64 +46,39 @@ void begin_piece(const Layer &layer, const Sequence &sequence, const Piece &piec
   }
 }
 
-inline vfloat load_bytes(const uint8_t *from) {
-#if defined(IL_AVX512)
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
-  return reinterpret_cast<vfloat>(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
-#elif defined(IL_AVX2)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
-  return reinterpret_cast<vfloat>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-#else
-  typedef int8_t vbyte __attribute__((vector_size(LANES), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const vbyte *>(from), vfloat);
-#endif
-}
-
-// 2 * LANES of them as T.
-inline void widen_some(const uint8_t *from, float *to) {
-  store(to, load_bytes(from));
-  store(to + LANES, load_bytes(from + LANES));
-}
-inline void widen_some(const uint8_t *from, bf16 *to) {
-#if defined(IL_AVX512)
-  const vfloat low = load_bytes(from), high = load_bytes(from + LANES);
-  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<const __m512 &>(high), reinterpret_cast<const __m512 &>(low));
-  std::memcpy(to, &both, sizeof both);
-#else
-  store(to, load_bytes(from));
-  store(to + LANES, load_bytes(from + LANES));
-#endif
-}
-
-// 8-bit keys and values of a tile as T, without their scales; meanwhile the next tile's are fetched.
+// 8-bit keys and values of a tile as T, for several groups of rows: each would have to widen them anew. What the kernels
+// fetch while they read them is the next tile.
 template <typename T>
 void widen(const Layer &layer, const Span &span, const Span &next, KeyTile<T> &tile) {
   const int64_t count = GRANULE * layer.padded;
   for (int64_t at = 0; at < span.count; ++at) {
-    const int64_t later = std::min(at, next.count - 1);
     for (int part = 0; part < 2; ++part) {
       const uint8_t *from = part ? span.values[at] : span.keys[at];
-      const uint8_t *ahead = later < 0 ? from : part ? next.values[later] : next.keys[later];
       T *to = tile.wide[part] + at * count;
-      for (int64_t value = 0; value < count; value += 2 * LANES) {
-        widen_some(from + value, to + value);
-        __builtin_prefetch(ahead + value);
-      }
+      for (int64_t value = 0; value < count; value += 2 * LANES) widen_some(from + value, to + value);
     }
-    std::memcpy(tile.key_scales + at * GRANULE, span.key_scales[at], GRANULE * sizeof(float));
-    std::memcpy(tile.value_scales + at * GRANULE, span.value_scales[at], GRANULE * sizeof(float));
+    const int64_t later = std::min(at, next.count - 1);
     tile.keys[at] = reinterpret_cast<const uint8_t *>(tile.wide[0] + at * count);
     tile.values[at] = reinterpret_cast<const uint8_t *>(tile.wide[1] + at * count);
-    tile.ahead[at] = tile.keys[at];
-    tile.ahead[span.count + at] = tile.values[at];
+    tile.ahead[at] = later < 0 ? tile.keys[at] : next.keys[later];
+    tile.ahead[span.count + at] = later < 0 ? tile.values[at] : next.values[later];
   }
+}
+
+// Whether the kernels read the cache's 8-bit values themselves.
+inline bool is_narrow(const Layer &layer, const Piece &piece) {
+  return layer.is_int8 && piece.last - piece.first <= KERNEL_ROWS;
 }
 
 // What the kernels read now, and what they fetch meanwhile: what will be read CACHE_AHEAD bytes later, of this and the
 // next task.
 template <typename T>
-void set_granules(const Layer &layer, const Span &span, const Span &next, KeyTile<T> &tile) {
-  if (layer.is_int8) return widen(layer, span, next, tile);
+void set_granules(const Layer &layer, const Piece &piece, const Span &span, const Span &next, KeyTile<T> &tile) {
+  for (int64_t at = 0; layer.is_int8 && at < span.count; ++at) {
+    std::memcpy(tile.key_scales + at * GRANULE, span.key_scales[at], GRANULE * sizeof(float));
+    std::memcpy(tile.value_scales + at * GRANULE, span.value_scales[at], GRANULE * sizeof(float));
+  }
+  if (layer.is_int8 && !is_narrow(layer, piece)) return widen(layer, span, next, tile);
   const int64_t distance = std::clamp<int64_t>(CACHE_AHEAD / layer.granule_bytes, 1, MAX_AHEAD);
   const uint8_t *order[4 * TILE_GRANULES];
   int64_t known = 0;
@@ -120,7 +95,10 @@ void set_granules(const Layer &layer, const Span &span, const Span &next, KeyTil
 template <typename T>
 void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, const Span &span, KeyTile<T> &tile) {
   const int64_t rows = piece.last - piece.first, columns = span.count * GRANULE, origin = span.first * GRANULE;
-  cover<ScoreKernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, layer.head_size * int64_t{sizeof(T)} / 4);
+  const int64_t words = layer.head_size * int64_t{sizeof(T)} / 4;
+  const bool narrow = is_narrow(layer, piece);
+  narrow ? cover<Scores<true>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, words)
+         : cover<Scores<false>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, words);
   RowSums own;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t position = sequence.context + (piece.first + row) / layer.ratio;
@@ -129,7 +107,8 @@ void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, c
     own.total[row] = weigh(layer, tile, row, columns, own.largest[row]);
   }
   prepare_join(own, rows, tile);
-  cover<ValueKernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
+  narrow ? cover<Values<true>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded)
+         : cover<Values<false>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
 }
 
 // The weighted mean of the values, to its place in the output. Adding zero makes a negative zero a positive one: its
@@ -177,7 +156,7 @@ void do_tasks(const Layer &layer, const Partials &partials, Thread &thread) {
     if (task.is_first) begin_piece(layer, sequence, task.piece, tile);
     if (!sequence.is_shared(layer) && task.tile == sequence.last_tile())
       write_tokens<T>(layer, sequence.start, sequence.start + 1, task.piece.kv_head, true);
-    set_granules(layer, span, next, tile);
+    set_granules(layer, task.piece, span, next, tile);
     do_tile(layer, sequence, task.piece, span, tile);
     if (task.is_last) end_piece(layer, sequence, task.piece, partials, tile);
   }

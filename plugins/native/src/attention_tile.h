@@ -52,6 +52,47 @@ inline vfloat dot<bf16>(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
+inline vfloat load_bytes(const uint8_t *from) {
+#if defined(IL_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+  return reinterpret_cast<vfloat>(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes)));
+#elif defined(IL_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
+  return reinterpret_cast<vfloat>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  typedef int8_t vbyte __attribute__((vector_size(LANES), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const vbyte *>(from), vfloat);
+#endif
+}
+
+// 2 * LANES of them as T.
+inline void widen_some(const uint8_t *from, float *to) {
+  store(to, load_bytes(from));
+  store(to + LANES, load_bytes(from + LANES));
+}
+inline void widen_some(const uint8_t *from, bf16 *to) {
+#if defined(IL_AVX512)
+  const vfloat low = load_bytes(from), high = load_bytes(from + LANES);
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<const __m512 &>(high), reinterpret_cast<const __m512 &>(low));
+  std::memcpy(to, &both, sizeof both);
+#else
+  store(to, load_bytes(from));
+  store(to + LANES, load_bytes(from + LANES));
+#endif
+}
+
+// Words of T at `from`, which holds single bytes if NARROW.
+template <typename T, bool NARROW>
+inline vuint load_cached(const uint8_t *from) {
+  if constexpr (!NARROW) return load_words(from);
+  alignas(64) T wide[2 * LANES];
+  if constexpr (sizeof(T) == 4)
+    store(wide, load_bytes(from));
+  else
+    widen_some(from, wide);
+  return load_words(wide);
+}
+
 // The granules of one tile that a piece of work sees.
 struct Span {
   int64_t first, count;  // the first one's number in the sequence
@@ -77,12 +118,17 @@ struct KeyTile {
   alignas(64) T wide[2][TILE * MAX_HEAD_SIZE];          // 8-bit keys and values, widened
 };
 
+// Bytes of the cache for one word of T.
+template <typename T, bool NARROW>
+constexpr int64_t WORD_BYTES = NARROW ? 4 / sizeof(T) : 4;
+
 // scores[row + r][column * LANES ..] = query · key, for R rows and C vectors of tokens.
-template <typename T, int R, int C>
+template <typename T, int R, int C, bool NARROW>
 void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
+  constexpr int64_t WORD = WORD_BYTES<T, NARROW>;
   const uint8_t *keys[C], *ahead[C];
   for (int c = 0; c < C; ++c) {
-    const int64_t granule = (column + c) / VECTORS, offset = (column + c) % VECTORS * int64_t{sizeof(vuint)};
+    const int64_t granule = (column + c) / VECTORS, offset = (column + c) % VECTORS * LANES * WORD;
     keys[c] = tile.keys[granule] + offset;
     ahead[c] = tile.ahead[granule] + offset;
   }
@@ -91,8 +137,8 @@ void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) 
     vuint key[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      key[c] = load_words(keys[c] + word * GRANULE * 4);
-      if (row == 0) __builtin_prefetch(ahead[c] + word * GRANULE * 4);
+      key[c] = load_cached<T, NARROW>(keys[c] + word * GRANULE * WORD);
+      if (row == 0) __builtin_prefetch(ahead[c] + word * GRANULE * WORD);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -109,19 +155,19 @@ void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) 
 inline vfloat joined(vfloat before, vfloat keep, vfloat own, vfloat take) { return fma(before, keep, own * take); }
 
 // sums[row + r][column * LANES ..] joined with weights · values, for R rows and C vectors along the head.
-template <typename T, int R, int C>
+template <typename T, int R, int C, bool NARROW>
 void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
-  constexpr int64_t WORDS = GRANULE * sizeof(T) / 4;
+  constexpr int64_t WORDS = GRANULE * sizeof(T) / 4, WORD = WORD_BYTES<T, NARROW>;
   vfloat sums[R][C] = {};
   for (int64_t granule = 0; granule < granules; ++granule) {
-    const int64_t offset = column * int64_t{sizeof(vuint)};
+    const int64_t offset = column * LANES * WORD;
     const uint8_t *values = tile.values[granule] + offset, *ahead = tile.ahead[granules + granule] + offset;
     for (int64_t word = 0; word < WORDS; ++word) {
       vuint value[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        value[c] = load_words(values + (word * padded + c * LANES) * 4);
-        if (row == 0) __builtin_prefetch(ahead + (word * padded + c * LANES) * 4);
+        value[c] = load_cached<T, NARROW>(values + (word * padded + c * LANES) * WORD);
+        if (row == 0) __builtin_prefetch(ahead + (word * padded + c * LANES) * WORD);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -157,17 +203,23 @@ void cover(KeyTile<T> &tile, int64_t rows, int64_t column, int64_t columns, Argu
   }
 }
 
-template <typename T, int R, int C>
-struct ScoreKernel {
-  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
-    score_kernel<T, R, C>(tile, row, column, words);
-  }
+template <bool NARROW>
+struct Scores {
+  template <typename T, int R, int C>
+  struct Kernel {
+    static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
+      score_kernel<T, R, C, NARROW>(tile, row, column, words);
+    }
+  };
 };
-template <typename T, int R, int C>
-struct ValueKernel {
-  static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
-    value_kernel<T, R, C>(tile, row, column, granules, padded);
-  }
+template <bool NARROW>
+struct Values {
+  template <typename T, int R, int C>
+  struct Kernel {
+    static void run(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
+      value_kernel<T, R, C, NARROW>(tile, row, column, granules, padded);
+    }
+  };
 };
 
 }  // namespace IL_ISA
