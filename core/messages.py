@@ -222,8 +222,8 @@ class StepStats(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Why health is degraded (a policy that keeps failing or starves requests), or None."""
     plugin_seconds: dict[str, float] = {}
     """`kind:name` → seconds spent in each selected plugin since the stats before these: in the scheduler's methods
-    (what its `plan` has the core do included), in logits processors, in the router (about all replicas), and, for `on_step` subscribers, under
-    `events:package:entry_point` in every subscriber, its call with the stats before these included."""
+    (what its `plan` has the core do included), in logits processors, in the router (for all replicas), and, under
+    `events:package:entry_point`, in every `on_step` subscriber, its call with the stats before these included."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, gc=False, kw_only=True):

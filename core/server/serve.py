@@ -159,9 +159,7 @@ class _Service:
         llm.front.limit_waiting(settings.max_waiting)
         state = ServerState(llm, settings, prepared.model_names, created=int(local_time().timestamp()))
         app = create_app(state)
-        guard, application = wrap(
-            app, settings, prepared.keys, llm.front.num_seats, self._clock
-        )
+        guard, application = wrap(app, settings, prepared.keys, llm.front.num_seats, self._clock)
         if settings.metrics:
             application = CountRequests(application, app.state.http_totals)
         return guard, make_server(application, settings, prepared.tls)

@@ -39,7 +39,8 @@ def test_every_package_has_an_init(repo_root):
 
 
 def test_every_plugin_folder_is_an_entry_point(project, repo_root):
-    kinds = {path.parent.name for path in (repo_root / "plugins").glob("*/__init__.py")} - {"native", "triton"}  # no kinds
+    shared = {"native", "triton"}  # what plugins of several kinds are made of
+    kinds = {path.parent.name for path in (repo_root / "plugins").glob("*/__init__.py")} - shared
     assert project["project"]["entry-points"]["interlace"] == {kind: f"interlace.plugins.{kind}" for kind in kinds}
 
 

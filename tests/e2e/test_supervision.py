@@ -19,7 +19,7 @@ import pytest
 from interlace import LLM, SamplingParams
 from interlace.config import load_settings
 from interlace.engine.async_llm import AsyncLLM
-from interlace.errors import EngineDeadError, EngineRestartingError, RequestFailedError
+from interlace.errors import EngineDeadError, EngineRestartingError
 from interlace.testing.executor_suite import MODEL
 
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
