@@ -33,9 +33,10 @@ def readme(repo_root) -> list[tuple[str, str]]:
 def folder(readme, tmp_path_factory):
     """A folder with the README's configuration files, and those that its commands read."""
     path = tmp_path_factory.mktemp("readme")
-    engine, server = (text for language, text in readme if language == "toml")
+    engine, server, scaled = (text for language, text in readme if language == "toml")
     (path / "engine.toml").write_text(engine)
     (path / "server.toml").write_text(server)
+    (path / "scaled.toml").write_text(scaled)
     (path / "requests.jsonl").write_text(json.dumps({"custom_id": "one"} | REQUEST) + "\n")
     return path
 
@@ -112,6 +113,14 @@ def test_what_is_done_with_a_server(readme, commands, folder, server):
     [snippet] = [text for language, text in readme if language == "python" and HERE in text]
     done = run([sys.executable, "-c", snippet.replace(HERE, server)], folder)
     assert done.returncode == 0 and len(done.stdout) > 10, done.stderr
+
+
+def test_the_file_that_scales_out_is_valid(folder):
+    done = run([sys.executable, "-c", RUN, "config", "plan", "--config", "scaled.toml"], folder)
+    assert done.returncode == 0, done.stderr
+    assert "multiprocess" in done.stdout
+    settings = load_settings(config_file=folder / "scaled.toml", env={}).settings
+    assert settings.engine.replicas == 2 and settings.router.use == "prefix_affinity"
 
 
 def test_the_file_of_a_server_is_valid(folder):
