@@ -45,6 +45,9 @@ OPS = (
 )
 """The ops of the contract, in the order they are logged."""
 
+GPU_OPS = frozenset({"sample"})
+"""Of these, what only steps on a GPU ask for."""
+
 
 class KernelSpec(msgspec.Struct, frozen=True):
     """Where the ops are to run."""

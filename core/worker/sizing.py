@@ -16,7 +16,7 @@ from interlace.errors import CapacityError, ConfigError, PluginError
 from interlace.interfaces.attention import AttentionBackend, AttentionSpec
 from interlace.interfaces.checkpoint import Checkpoint, Stored
 from interlace.interfaces.executor import Executor, Selection
-from interlace.interfaces.kernels import OPS, Kernels, KernelSpec
+from interlace.interfaces.kernels import GPU_OPS, OPS, Kernels, KernelSpec
 from interlace.interfaces.model import BuildContext, Model, Parallel
 from interlace.kv.specs import KVCacheConfig, KVGroup, blocks_for, group_layers
 from interlace.spec import Component, ResolvedSpec
@@ -180,8 +180,12 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, 
                 won.setdefault(component.name, {}).setdefault(provider.describe(op), []).append(op)
                 break
             against[f"not {component.name} for {op}: {reason}"] = None
+    for component, target in candidates:
+        if all(getattr(target, op) is getattr(Kernels, op) for op in OPS):
+            component.build(kernel_spec)  # it has nothing to win, but what is wrong with it must be said
     _check_reference([op for op in OPS if op not in ops], kernel_spec, list(against))
-    reference = [op for op in OPS if op not in ops]
+    is_cpu = torch.device(spec.device).type == "cpu"
+    reference = [op for op in OPS if op not in ops and not (is_cpu and op in GPU_OPS)]
     selections = [Selection("kernels", name, _ops_in_words(ways)) for name, ways in won.items()]
     if reference:
         why = "".join(f"; {reason}" for reason in against)
