@@ -44,3 +44,11 @@ def test_an_engine_that_does_not_start_is_named(repo_root, tmp_path):
     command = [sys.executable, "docs/benchmarks/compare.py", str(config)]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode != 0 and "broken ended with status" in done.stderr
+
+
+def test_what_a_sum_over_ranks_costs(repo_root):
+    command = [sys.executable, "docs/benchmarks/collectives.py", "--ranks", "2", "--width", "64", "--tokens", "1", "8"]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["1", "256"], ["8", "2048"]]
+    assert all(float(figure) > 0 for row in rows for figure in row[2:])
