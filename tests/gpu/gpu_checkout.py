@@ -15,7 +15,7 @@ _IMPORTED_AS = {"PyYAML": "yaml", "pyzmq": "zmq"}
 
 def make_site(folder: Path) -> Path:
     """Fill `folder`, which is then to be put on `sys.path`: the package `interlace`, made of links to core/ and
-    plugins/, and a distribution with the entry points of pyproject.toml, so that built-in plugins are found as always."""
+    plugins/, and a distribution with the entry points of pyproject.toml, so that built-in plugins are found."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["package-dir"]
     package = folder / "interlace"

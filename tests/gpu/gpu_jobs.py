@@ -113,18 +113,26 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+_WIDEST = 90
+
+
 def format_table(table: Table) -> str:
-    """As text, numbers to the right."""
+    """As text; numbers stand to the right, words to the left."""
+    words = [bool(table.rows) and isinstance(cell, str) for cell in (table.rows or [table.columns])[0]]
     cells = [table.columns, *([_text(cell) for cell in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+    lines = []
+    for row in cells:
+        placed = zip(row, widths, words, strict=True)
+        lines.append("  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in placed))
+    return "\n".join([table.title, *(f"  {line}".rstrip() for line in lines)])
 
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return "-" if value is None else str(value)
+    text = "-" if value is None else str(value)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ class Step:
 
     def __init__(self, lens: list[int], host_s: float) -> None:
         self.lens = lens
-        self.host_s = host_s
+        self.host_s = host_s  # that the engine's thread had computed when it handed the step over
         self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     @property
@@ -47,7 +47,7 @@ class Recorder:
         original, steps = self._original, self.steps
 
         def hand_over(runner: DeviceRunner, step: Any, works: list[Any]) -> None:
-            mark = Step(list(step.plan.num_tokens), time.perf_counter())
+            mark = Step(list(step.plan.num_tokens), time.thread_time())
             steps.append(mark)
             original(runner, step, [mark.began.record, *works, mark.ended.record])
 
@@ -104,6 +104,13 @@ def engine(name: str, sizes: list[int], quick: bool, values: dict[str, float]) -
     began = time.perf_counter()
     with Recorder() as recorder, LLM(write_config(config), **settings(max(sizes))) as llm:
         started = time.perf_counter() - began
+        chosen = Table(f"{name} runs with", ["part", "choice", "why"])
+        for choice in llm.front.info.selections:
+            chosen.add(choice.kind, choice.name, choice.reason)
+            if choice.kind == "step":
+                error = None if choice.name == "device graphs" else f"{choice.name}: {choice.reason}"
+                outcome.check("decoding runs as device graphs", error)
+        outcome.tables.append(chosen)
         _generate(llm, recorder, [64], 8)  # compiles
         outcome.tables.append(_decode_table(llm, recorder, name, sizes, values, started, outcome))
         outcome.tables.append(_prefill_table(llm, recorder, name, quick, values))
@@ -138,7 +145,7 @@ def _decode_table(
     bandwidth, peak = values.get("bandwidth"), values.get("peak")
     table = Table(
         f"{name} decode, bf16, context {CONTEXT:,} and on (start {started:.0f} s); times in ms",
-        ["batch", "step", "on GPU", "gap", "gap %", "host/step", "tokens/s", "roofline", "% of roofline"],
+        ["batch", "step", "on GPU", "gap", "gap %", "host CPU", "tokens/s", "roofline", "% of roofline"],
     )
     for size in sizes:
         # The first prompts decode while the last ones are computed.
@@ -157,7 +164,7 @@ def _decode_table(
         assert whole is not None
         roofline = None
         if bandwidth and peak:
-            context = CONTEXT + max_tokens - len(pairs) / 2
+            context = CONTEXT + max_tokens / 2  # the earlier ones are ahead of the later ones
             memory = (weights + size * context * per_token) / bandwidth
             roofline = 1e3 * max(memory, size * weights / peak)  # 2 operations per weight of 2 bytes
         share = 100 * roofline / whole if roofline else None

@@ -3,7 +3,9 @@ batching."""
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 import time
 from typing import Any
 
@@ -13,14 +15,15 @@ from gpu_jobs import Outcome, Table
 from gpu_model_speed import CONTEXT
 from gpu_shapes import LARGE_MODELS
 
+DEVICE = "cuda"
 _FEW, _MANY = 8, 40
-"""Tokens of two runs, whose difference is decoding alone."""
+"""Tokens that are not timed, and tokens in all."""
 
 
 def _model(name: str, attention: str) -> Any:
     raw = {key: value for key, value in LARGE_MODELS[name].items() if key not in ("architectures", "model_type")}
     config = transformers.LlamaConfig(**raw)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
     return model.eval()
 
@@ -39,7 +42,18 @@ def _add(table: Table, name: str, size: int, seconds: float, values: dict[str, f
     table.add(size, 1e3 * seconds, size / seconds, own, 1e3 * seconds / own if own else None)
 
 
-@torch.inference_mode()
+class _Watch(transformers.StoppingCriteria):
+    """Notes the time of every token; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def static_cache(name: str, sizes: list[int], quick: bool, values: dict[str, float]) -> Outcome:
     """`generate` with a static cache; compiled unless `quick`."""
     outcome, model = Outcome(), _model(name, "sdpa")
@@ -47,26 +61,21 @@ def static_cache(name: str, sizes: list[int], quick: bool, values: dict[str, flo
     table = _table(f"transformers {transformers.__version__}, static cache, {how}, {name} decode")
     outcome.tables.append(table)
     for size in sizes:
-        given = torch.tensor(_prompts(size), device="cuda")
+        given = torch.tensor(_prompts(size), device=DEVICE)
 
-        def run(count: int, given: torch.Tensor = given) -> float:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+        for _ in range(2):  # the first run compiles
+            watch = _Watch()
             found = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=count, min_new_tokens=count,
+                given, attention_mask=torch.ones_like(given), max_new_tokens=_MANY, min_new_tokens=_MANY,
                 do_sample=False, cache_implementation="static", disable_compile=quick, pad_token_id=0,
+                stopping_criteria=transformers.StoppingCriteriaList([watch]),
             )  # fmt: skip
-            torch.cuda.synchronize()
-            assert found.shape[1] == given.shape[1] + count, f"{found.shape[1] - given.shape[1]} tokens of {count}"
-            return time.perf_counter() - began
-
-        for count in (_FEW, _MANY):  # a cache of another length compiles anew
-            run(count)
-        _add(table, name, size, (run(_MANY) - run(_FEW)) / (_MANY - _FEW), values)
+        assert found.shape[1] == CONTEXT + _MANY, f"{found.shape[1] - CONTEXT} tokens of {_MANY}"
+        later = watch.times[_FEW:]
+        _add(table, name, size, statistics.median(b - a for a, b in itertools.pairwise(later)), values)
     return outcome
 
 
-@torch.inference_mode()
 def continuous(name: str, sizes: list[int], values: dict[str, float]) -> Outcome:
     """`generate_batch` with all prompts at once."""
     outcome, model = Outcome(), _model(name, "sdpa")
@@ -75,18 +84,16 @@ def continuous(name: str, sizes: list[int], values: dict[str, float]) -> Outcome
     for size in sizes:
         prompts = _prompts(size)
 
-        def run(count: int, prompts: list[list[int]] = prompts) -> float:
-            config = transformers.GenerationConfig(
-                max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
-            )
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            found = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-            seconds = time.perf_counter() - began
-            given = [len(answer.generated_tokens) for answer in found.values()]
-            assert given == [count] * len(prompts), f"answers of {sorted(set(given))} tokens, not {count}"
-            return seconds
-
-        run(_FEW)
-        _add(table, name, size, (run(_MANY) - run(_FEW)) / (_MANY - _FEW), values)
+        tokens = _MANY + 2 * -(-size // 8)  # the first prompts decode while the last ones are computed
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
+        )
+        found = model.generate_batch(prompts, config, record_timestamps=True, progress_bar=False)
+        given = [len(answer.generated_tokens) for answer in found.values()]
+        assert given == [tokens] * size, f"answers of {sorted(set(given))} tokens, not {tokens}"
+        last = max((answer.timestamps for answer in found.values()), key=lambda times: times[0])
+        first_end = min(answer.timestamps[-1] for answer in found.values())
+        together = [b - a for a, b in itertools.pairwise(last) if b <= first_end]
+        assert len(together) >= 8, f"only {len(together)} steps in which all requests decode"
+        _add(table, name, size, statistics.median(together[4:]), values)
     return outcome

@@ -16,8 +16,9 @@ from interlace.testing.conformance import find_provider
 from interlace.worker.batch import DecodeBatch, ForwardBatch
 
 DEVICE = "cuda"
+DTYPE = "bfloat16"
 _IN_GRAPH = 8
-"""Launches per replay: enough that the replay itself does not count."""
+"""Launches per replay at least: enough that the replay itself does not count."""
 _BEYOND_CACHE = 512 << 20
 """Bytes after which what was read first is in no cache of the GPU any more."""
 
@@ -96,7 +97,7 @@ def _heads(spec: AttentionSpec) -> str:
 
 def _backend(name: str, spec: AttentionSpec, block: int, options: dict[str, Any]) -> Any:
     provider = find_provider("attention", name)
-    return provider(provider.Options(**options), spec, block, "bfloat16", DEVICE)
+    return provider(provider.Options(**options), spec, block, DTYPE, DEVICE)
 
 
 def _cache(backend: Any, num_blocks: int) -> torch.Tensor:
@@ -113,10 +114,10 @@ def _time_decode(
     backend = _backend("triton", spec, block, options)
     width = -(-context // block)
     per_block = backend.cache_layout(1).nbytes
-    copies = min(_IN_GRAPH, max(1, -(-_BEYOND_CACHE // (batch * width * per_block))))
+    copies = min(64, max(1, -(-_BEYOND_CACHE // (batch * width * per_block))))
     cache = _cache(backend, 1 + copies * batch * width)
     tables = (1 + torch.randperm(copies * batch * width, device=DEVICE)).to(torch.int32).view(copies, batch, width)
-    query = torch.randn(batch, spec.num_heads, spec.head_size, dtype=torch.bfloat16, device=DEVICE)
+    query = torch.randn(batch, spec.num_heads, spec.head_size, dtype=getattr(torch, DTYPE), device=DEVICE)
     works = []
     for table in tables:
         lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
@@ -128,18 +129,18 @@ def _time_decode(
     def run(index: int) -> None:
         backend._attend(query, view, works[index % copies])
 
-    return _time_in_graph(run), batch * width * per_block
+    return _time_in_graph(run, max(_IN_GRAPH, copies)), batch * width * per_block
 
 
-def _time_in_graph(run: Callable[[int], object]) -> float:
-    """Seconds of one `run`, of which several are captured in a graph, with the numbers from 0 on."""
+def _time_in_graph(run: Callable[[int], object], count: int) -> float:
+    """Seconds of one `run`, of which `count` are captured in a graph, with the numbers from 0 on."""
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(_IN_GRAPH):
+        for index in range(count):
             run(index)
-    return time_on_device(graph.replay, DEVICE, 12) / 1e3 / _IN_GRAPH
+    return time_on_device(graph.replay, DEVICE, 12) / 1e3 / count
 
 
 @torch.inference_mode()
@@ -157,7 +158,7 @@ def _time_prefill(name: str, spec: AttentionSpec, rows: list[tuple[int, int]]) -
     batch = ForwardBatch(torch.zeros_like(positions), positions, lens, before, [tables], [slots])
     tokens = sum(lens)
     heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-    given = torch.randn(tokens, sum(heads), spec.head_size, dtype=torch.bfloat16, device=DEVICE)
+    given = torch.randn(tokens, sum(heads), spec.head_size, dtype=getattr(torch, DTYPE), device=DEVICE)
     query, key, value = given.split(heads, dim=1)
     metadata = backend.prepare(batch, 0)
     seconds = time_on_device(lambda: backend.forward(query, key, value, cache, metadata), DEVICE, 10) / 1e3

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,9 @@ def machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
     }
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    found["commit"] = commit.stdout.strip() or "unknown"
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        found["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
@@ -109,7 +111,7 @@ def run(jobs: list[Job], options: argparse.Namespace, given: dict[str, str]) -> 
 
     reports: list[Report] = []
     checks = [job for job in jobs if not job.measures]
-    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // 2))
+    workers = options.workers or max(1, min(15, (os.cpu_count() or 1) - 1))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = [pool.submit(lambda job=job: run_job(job, {}, given, left())) for job in checks]
         for future in concurrent.futures.as_completed(running):
