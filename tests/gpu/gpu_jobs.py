@@ -87,7 +87,8 @@ def run_job(job: Job, values: Mapping[str, float], environment: Mapping[str, str
         answer, log = Path(folder, "answer.json"), Path(folder, "log")
         command = [sys.executable, str(Path(__file__)), job.target, json.dumps(arguments), str(answer)]
         with log.open("wb") as sink:
-            child = subprocess.Popen(command, stdout=sink, stderr=sink, env=dict(environment), start_new_session=True)
+            own = {**environment, "TMPDIR": folder}  # what it leaves there goes with the folder
+            child = subprocess.Popen(command, stdout=sink, stderr=sink, env=own, start_new_session=True)
             limit = min(timeout_s, job.timeout_s)
             try:
                 code = child.wait(limit)
@@ -153,5 +154,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Jobs make outcomes of the module `gpu_jobs`, not of `__main__`; dataclasses do not mind.
     sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ _QUICK_TESTS = {
     "triton_invariant": ("test_batch_invariance_if_claimed",),
     "flash": ("test_random_traffic",),
 }
-_QUICK_KERNEL_TESTS = ("test_values", "test_sample", "test_batch_invariance_if_claimed")
+_QUICK_KERNEL_TESTS = ("test_values",)
 _MODELS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 
 
@@ -61,7 +61,11 @@ def _checks(quick: bool) -> list[Job]:
             Job(
                 f"parity.{name.removesuffix('ForCausalLM')}",
                 "gpu_parity:parity",
-                {**on, "architecture": name, **_ragged([1, 70, 17, 33, 2, 100, 64, 9, 31, 5], 24, list(_BACKENDS))},
+                {
+                    **on,
+                    "architecture": name,
+                    **_ragged([1, 70, 17, 33, 2, 100, 64, 9, 31, 5], 24, _parity_backends(name)),
+                },
                 180,
             )
             for name in (_MODELS[:1] if quick else _MODELS)
@@ -75,6 +79,11 @@ def _checks(quick: bool) -> list[Job]:
         ),
         Job("models", "gpu_checks:models", {**on, "dtypes": ["float32", "float16", "bfloat16"]}, 180),
     ]
+
+
+def _parity_backends(model: str) -> list[str]:
+    """The comparison is in float32, in which `flash` refuses the windows of Gemma."""
+    return [name for name in _BACKENDS if name != "flash" or not model.startswith("Gemma")]
 
 
 def _ragged(lengths: list[int], max_tokens: int, backends: list[str]) -> dict[str, object]:

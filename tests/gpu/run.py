@@ -56,7 +56,9 @@ def choose(jobs: list[Job], only: list[str]) -> list[Job]:
     """Those whose names contain one of `only`; all if that is empty."""
     for name in only:
         if not any(name in job.name for job in jobs):
-            sys.exit(f"--only {name}: no job has that in its name; they are {', '.join(job.name for job in jobs)}")
+            known = ", ".join(job.name for job in jobs)
+            print(f"--only {name}: no job has that in its name; they are {known}", file=sys.stderr)
+            sys.exit(2)
     return [job for job in jobs if not only or any(name in job.name for name in only)]
 
 

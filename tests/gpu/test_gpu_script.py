@@ -40,6 +40,24 @@ def test_checks_run_in_the_interpreter(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_job_names_a_function_that_takes_its_arguments():
+    """Those for a GPU, too, which no machine without one runs."""
+    child = (
+        "import importlib, inspect, sys; sys.path.insert(0, sys.argv[1]); from gpu_plan import plan\n"
+        "for job in [*plan('cuda', False), *plan('cuda', True), *plan('cpu', True)]:\n"
+        "    module, _, name = job.target.partition(':')\n"
+        "    given = {**job.arguments, **({'values': {}} if job.measures else {})}\n"
+        "    inspect.signature(getattr(importlib.import_module(module), name)).bind(**given)\n"
+        "    print(job.name)"
+    )
+    command = [sys.executable, "-c", child, str(SCRIPT.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert {"limits", "speed.attention", "speed.8B", "transformers.continuous", "parity.Gemma3"} <= set(names)
+
+
+@pytest.mark.slow
 def test_what_fails_is_reported_and_the_others_still_run(tmp_path):
     """A measurement without a GPU cannot work; its neighbour is a check that can."""
     child = (
