@@ -84,7 +84,8 @@ def returns(answer: type[msgspec.Struct], chunk: type[msgspec.Struct] | None = N
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": REF + answer.__name__}}}
     if chunk is not None:
         text = f"With `stream`: events whose data are `{chunk.__name__}` objects, at last `[DONE]`."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        # No type: some readers apply the schema to the whole stream, others to each event.
+        content["text/event-stream"] = {"schema": {"description": text}}
     failed = {"application/json": {"schema": {"$ref": REF + "ErrorObject"}}}
     return {
         200: {"description": "The answer", "content": content},

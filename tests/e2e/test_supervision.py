@@ -209,7 +209,9 @@ async def test_ten_restarts_leave_nothing_behind(tiny, tmp_path_factory, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def held():
-        return len(os.listdir("/proc/self/fd")), sorted(thread.name for thread in threading.enumerate())
+        names = sorted(thread.name for thread in threading.enumerate())
+        # asyncio's own pool grows with what happens to overlap.
+        return len(os.listdir("/proc/self/fd")), [name for name in names if not name.startswith("asyncio_")]
 
     async with serve(tiny({"max_restarts": 100, "restart_window_s": 0.001})) as llm:
         pids = []

@@ -213,7 +213,7 @@ def events(received):
 @pytest.mark.slow
 def test_sigterm_lets_those_under_way_finish(start, tiny):
     server = start(tiny | {"server.drain_timeout_s": 120})
-    body = ENDLESS | {"max_tokens": 300}
+    body = ENDLESS | {"max_tokens": 3000}  # still under way when the questions below have been answered
     streams = [Stream(server, body) for _ in range(4)]
     server.wait_running(4)
     with server.client() as client:
