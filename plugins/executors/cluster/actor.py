@@ -73,7 +73,9 @@ class RankActor:
             except (EOFError, ConnectionError):
                 raise
             except BaseException as error:
-                channel.send(wire.encode(wire.Failed(RemoteError.of(error), lost_a_peer(error))))
+                # Ray ends actors whose owner has gone with SystemExit: a consequence, as the loss of a peer is.
+                is_secondary = lost_a_peer(error) or isinstance(error, SystemExit)
+                channel.send(wire.encode(wire.Failed(RemoteError.of(error), is_secondary)))
                 _wait_until_heard(connection)
 
     def _serve(self, connection: socket.socket, channel: Channel, told: RankSetup, options: RayOptions) -> None:
