@@ -197,14 +197,14 @@ class TritonAttention(AttentionBackend):
     def _decode_launch(self, pieces: Pieces, count: int, max_seq_len: int) -> DecodeLaunch:
         from interlace.plugins.triton.attention import DecodeLaunch
 
-        slots = self.shape.split_slots(max_seq_len)
+        slots = self.shape.split_slots(max_seq_len, count)
         lanes = decode_lanes(len(pieces.starts), self.shape.num_kv_heads, slots, self._multiprocessors)
         return DecodeLaunch(pieces, count, slots, lanes, self._invariant_count if self._is_invariant else 1)
 
     def _scratch_bytes(self, max_seq_len: int, count: int) -> int:
         """Of one piece's partial sums."""
         heads = self.shape.num_kv_heads * self.shape.group
-        return max(1, self.shape.split_slots(max_seq_len)) * count * heads * (self.shape.head_size + 2) * 4
+        return max(1, self.shape.split_slots(max_seq_len, count)) * count * heads * (self.shape.head_size + 2) * 4
 
 
 class InvariantTritonAttention(TritonAttention):

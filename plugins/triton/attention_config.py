@@ -69,11 +69,13 @@ class LayerShape(NamedTuple):
         """Tokens of a prefill piece."""
         return config.rows // self.group
 
-    def split_slots(self, max_seq_len: int) -> int:
-        """The most splits any sequence of up to `max_seq_len` tokens has; see `attention_parts.split_size`."""
+    def split_slots(self, max_seq_len: int, count: int) -> int:
+        """The most splits any piece of up to `count` tokens, of a sequence of up to `max_seq_len`, has; see
+        `attention_parts.split_size`. The keys of a window may begin and end within splits, and several tokens see
+        more keys than the window from which the size of splits follows."""
         span = min(max_seq_len, self.window) if self.window else max_seq_len
         found = -(-span // 128) if span <= 1024 else min(self.max_splits, max(8, -(-span // 256)))
-        return found + 1 if self.window else found
+        return found + (0 if not self.window else 1 if count == 1 else 2)
 
 
 def default_decode(shape: LayerShape) -> KernelConfig:

@@ -79,7 +79,7 @@ def _make_measure(kind: str, shape: LayerShape, dtype: str, device: str) -> Meas
         decode, prefill = cut_rows(query_lens, context_lens, 1, shape.prefill_count(config))
         cut = decode[0] if kind == "decode" else prefill
         pieces = Pieces(*runtime.to_device(cut.array, device).unbind(0))
-        slots = shape.split_slots(longest)
+        slots = shape.split_slots(longest, 1)
         lanes = decode_lanes(len(rows), shape.num_kv_heads, slots, runtime.multiprocessors(device))
         work = attention.DecodeLaunch(pieces, 1, slots, lanes, 1)
 

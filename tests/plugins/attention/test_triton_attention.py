@@ -64,6 +64,14 @@ def test_splits_and_long_prompts(spec, block_size):
 
 
 @pytest.mark.slow
+def test_tokens_whose_windows_reach_into_one_split_more():
+    """Eight tokens see 135 keys, from the last one of a split on: three splits, although a window fits into two."""
+    cases = paged(AttentionSpec(2, 1, 16, kind="window", window=128), max_len=270)
+    cases.step({"a": 254, "b": 254})
+    assert cases.step({"b": 8, "a": 8}) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_figures_for_gpus_are_right_too(dtype):
     """The interpreter runs other tiles than a GPU; here it runs those."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from interlace.plugins.triton.attention_config import KernelConfig, LayerShape, decode_lanes
-from interlace.plugins.triton.attention_parts import split_size
+from interlace.plugins.triton.attention_parts import split_size, splits_of
 from interlace.plugins.triton.attention_plan import cut_invariant, cut_rows
 
 
@@ -69,16 +69,35 @@ def test_splits_follow_from_the_length(kv_heads):
     assert (splits <= shape.max_splits).all()
     assert set(sizes.tolist()) <= {1 << power for power in range(7, 20)}
     for span, found in zip(spans.tolist(), splits.tolist(), strict=True):
-        assert found <= shape.split_slots(span), span
-        assert found <= shape_of(kv_heads, window=span).split_slots(10 * span) - 1
+        assert found <= shape.split_slots(span, 1), span
+        assert found <= shape_of(kv_heads, window=span).split_slots(10 * span, 1) - 1
     by_thousand = {}  # the size may change at multiples of 1,024 only: pieces of the invariant backend rely on it
     for span, size in zip(spans.tolist(), sizes.tolist(), strict=True):
         assert by_thousand.setdefault((span - 1) // 1024, size) == size, span
 
 
+@triton.jit
+def _splits(seq_lens, out, TOKENS: tl.constexpr, WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    _, _, splits, _ = splits_of(TOKENS, tl.load(seq_lens + places), WINDOW, MAX_SPLITS)
+    tl.store(out + places, splits)
+
+
+@pytest.mark.parametrize("window", [0, 1, 127, 128, 512, 1024, 1100, 4096])
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_no_piece_has_more_splits_than_there_is_room_for(window, count):
+    """Also where the keys that several tokens see begin at the end of a split, wherever the window lies."""
+    shape = shape_of(8, window=window)
+    seq_lens = torch.arange(count, count + 8192, dtype=torch.int32)
+    splits = torch.empty_like(seq_lens)
+    _splits[(1,)](seq_lens, splits, count, window, shape.max_splits, len(seq_lens))
+    room = torch.tensor([shape.split_slots(length, count) for length in seq_lens.tolist()])
+    assert (splits <= room).all()
+
+
 def test_slots_hold_for_every_shorter_sequence():
     shape = shape_of(8)
-    slots = [shape.split_slots(length) for length in range(1, 20000)]
+    slots = [shape.split_slots(length, 1) for length in range(1, 20000)]
     assert all(a <= b for a, b in itertools.pairwise(slots))
 
 
