@@ -137,6 +137,12 @@ class Kernels:
         """How this instance runs `op`, in a few words, for the start-up log; may be empty."""
         return ""
 
+    def rounds_inputs(self, op: str) -> bool:
+        """Whether the products that `op` (`make_linear`, `make_block_linear`) makes round x to a narrower type first.
+        The last bit of x then decides now and then which way; so ranks gather x instead of summing parts of it, which
+        could turn that bit over (`BuildContext.gather`)."""
+        return op == "make_linear" and self.spec.weight_dtype not in (self.spec.dtype, "float32")
+
     def compile_step(
         self, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int
     ) -> StepProgram | str:

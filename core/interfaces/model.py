@@ -52,8 +52,9 @@ class Parallel:
         """Sum of `x` over the tensor ranks of this stage, with the same bits on each; may be written into `x`."""
         return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` of all tensor ranks of this stage, which have equal shapes, concatenated along the last dimension."""
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
+        """`x` of all tensor ranks of this stage, concatenated along the last dimension. `widths`: how long that is on
+        each of them; by default equally long."""
         return x
 
     def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
@@ -76,6 +77,9 @@ class BuildContext(NamedTuple):
     max_model_len: int
     grain: int = 1
     """Neighbouring inputs of a linear that ranks should not part: the longest block of the checkpoint's formats."""
+    gather: bool = False
+    """Whether linears whose inputs are spread over tensor ranks gather these, instead of summing what each rank makes
+    of its own: no sum then crosses ranks, so several give the bits of one (see `interlace.layers.linear`)."""
 
 
 class LayerCache(NamedTuple):

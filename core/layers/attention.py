@@ -48,15 +48,15 @@ class Attention:
         unit_offset: bool = False,
     ) -> None:
         size, parallel = config.head_size, build.parallel
-        share = share_heads(config.num_heads, config.num_kv_heads, parallel.rank, parallel.size)
         self._layer = layer
         self._head_size = size
         self._heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self._sizes = [heads * size for heads in self._heads]
         self._rotary = rotary
         hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
-        self._qkv = QKVLinear(build, weights, hidden, heads, kv_heads, size, share, qkv_bias)
-        columns = share.query_part(size)
+        ranks = [share_heads(heads, kv_heads, rank, parallel.size) for rank in range(parallel.size)]
+        self._qkv = QKVLinear(build, weights, hidden, heads, kv_heads, size, ranks[parallel.rank], qkv_bias)
+        columns = [held.query_part(size) for held in ranks]
         self._out = RowParallelLinear(build, weights, "o_proj", heads * size, hidden, out_bias, columns)
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if qk_norm:

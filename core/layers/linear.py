@@ -7,7 +7,7 @@ loading never holds a second copy of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -110,8 +110,9 @@ class ColumnParallelLinear(Linear):
     def __init__(
         self, build: BuildContext, weights: WeightTable, outputs: Mapping[str, int], in_size: int, bias: bool = False
     ) -> None:
+        rank, size = build.parallel.rank, build.parallel.size
         parts = [
-            LinearPart(name, (out_size, in_size), _share(build, out_size, f"the outputs of {name}"))
+            LinearPart(name, (out_size, in_size), share(out_size, rank, size, f"the outputs of {name}", build.grain))
             for name, out_size in outputs.items()
         ]
         super().__init__(build, weights, parts, bias)
@@ -144,9 +145,13 @@ class QKVLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Inputs split over ranks: this rank's part of x -> the whole output, summed over the ranks.
+    """Inputs split over ranks: this rank's part of x -> the whole output, on all ranks, in one of two ways.
 
-    `columns`: the inputs this rank has; by default those that `ColumnParallelLinear` leaves it of as many outputs.
+    *Sum*: a rank holds the columns of its inputs, and what all make of theirs is summed. *Gather* (`build.gather`): the
+    inputs are gathered, a rank holds the rows of some outputs, and these are gathered. Weights and products are the
+    same in number, exchanges are two instead of one; but each value is computed whole, as one rank alone does.
+
+    `columns`: the inputs of each rank; by default those that `ColumnParallelLinear` leaves them of as many outputs.
     """
 
     def __init__(
@@ -157,16 +162,29 @@ class RowParallelLinear(Linear):
         in_size: int,
         out_size: int,
         bias: bool = False,
-        columns: slice | None = None,
+        columns: Sequence[slice] | None = None,
     ) -> None:
-        columns = columns or _share(build, in_size, f"the inputs of {name}")
-        parts = [LinearPart(name, (out_size, in_size), columns=columns)]
-        super().__init__(build, weights, parts, bias, use_bias=build.parallel.rank == 0)
-        self._all_reduce = build.parallel.all_reduce
+        self._parallel = build.parallel
+        self._widths: tuple[list[int], list[int]] | None = None  # inputs and outputs of each rank, to be gathered
+        rank, size = build.parallel.rank, build.parallel.size
+        columns = columns or _shares(in_size, size, f"the inputs of {name}", build.grain)
+        part = LinearPart(name, (out_size, in_size), columns=columns[rank])
+        if build.gather and size > 1:
+            rows = _shares(out_size, size, f"the outputs of {name}")
+            part = LinearPart(name, (out_size, in_size), rows=rows[rank])
+            self._widths = _widths(columns), _widths(rows)
+        super().__init__(build, weights, [part], bias, use_bias=rank == 0 or self._widths is not None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._all_reduce(self._run(x))
+        if self._widths is None:
+            return self._parallel.all_reduce(self._run(x))
+        inputs, outputs = self._widths
+        return self._parallel.all_gather(self._run(self._parallel.all_gather(x, inputs)), outputs)
 
 
-def _share(build: BuildContext, total: int, what: str) -> slice:
-    return share(total, build.parallel.rank, build.parallel.size, what, build.grain)
+def _shares(total: int, size: int, what: str, grain: int = 1) -> list[slice]:
+    return [share(total, rank, size, what, grain) for rank in range(size)]
+
+
+def _widths(parts: Sequence[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]

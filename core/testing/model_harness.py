@@ -47,6 +47,7 @@ class ModelHarness:
         kept_weights: str = "auto",
         parallel: Parallel | None = None,
         grain: int = 1,
+        gather: bool = False,
         block_size: int = 4,
         num_blocks: int = 512,
         max_model_len: int = 256,
@@ -64,6 +65,7 @@ class ModelHarness:
             device=torch.device(device),
             max_model_len=max_model_len,
             grain=grain,
+            gather=gather,
         )
         with torch.inference_mode():
             self.model = model(config, build)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -91,8 +91,13 @@ class ThreadedParallel(Parallel):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchange(x)).sum(0) if self.size > 1 else x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._exchange(x), dim=-1) if self.size > 1 else x
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
+        if self.size == 1:
+            return x
+        parts = self._exchange(x)
+        found, said = [part.shape[-1] for part in parts], list(widths or [x.shape[-1]] * self.size)
+        assert found == said, f"ranks have {found} columns to gather, rank {self.rank} expects {said}"
+        return torch.cat(parts, dim=-1)
 
     def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         if self.is_last_stage:

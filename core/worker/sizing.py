@@ -152,6 +152,10 @@ class ResolvedKernels(Kernels):
         if "make_linear" in ops:
             self.__dict__["compile_step"] = ops["make_linear"].__self__.compile_step
 
+    def rounds_inputs(self, op: str) -> bool:
+        made_by = self.__dict__.get(op)
+        return super().rounds_inputs(op) if made_by is None else bool(made_by.__self__.rounds_inputs(op))
+
     @property
     def keeps_blocks(self) -> bool:
         """Whether blocks stay blocks: a provider computes with them, and they are not to be decoded."""
@@ -223,9 +227,11 @@ def build_context(
     """What the model is built with on `device` (`meta`: shapes only); `stored`: what `Checkpoint.stored` says."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     context = BuildContext(kernels, parallel or Parallel(), dtype, torch.device(device), spec.max_model_len)
-    if not kernels.keeps_blocks:
-        return context
-    return context._replace(grain=max([context.grain, *(held.block_values for held in (stored or {}).values())]))
+    blocks = [held.block_values for held in (stored or {}).values() if held.in_blocks and kernels.keeps_blocks]
+    ops = ("make_linear", "make_block_linear") if blocks else ("make_linear",)
+    if spec.deterministic or any(kernels.rounds_inputs(op) for op in ops):
+        return context._replace(gather=True)  # no linear is cut along its inputs, so there is no grain to keep
+    return context._replace(grain=max(blocks, default=1))
 
 
 def size_cache(spec: ResolvedSpec, attention: AttentionPlan, free_bytes: int) -> KVCacheConfig:

@@ -78,6 +78,11 @@ class NativeKernels(Kernels):
             return f"C++ {self._tape.library.isa}, blocks of the file, activations in 8 bits"
         return f"C++ {self._tape.library.isa}"
 
+    def rounds_inputs(self, op: str) -> bool:
+        if op == "make_block_linear" or self.spec.weights == "int8":
+            return True
+        return self.spec.dtype == "float32" and self.spec.weights in ("bf16", "as-shipped")
+
     def compile_step(
         self, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int
     ) -> StepProgram | str:

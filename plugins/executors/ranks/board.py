@@ -31,13 +31,14 @@ class Board:
         self._round = 0
         data = mmap.mmap(seat.memory, 2 * self._size * PLACE_BYTES)
         self._places = torch.frombuffer(data, dtype=torch.uint8).view(2, self._size, PLACE_BYTES)
-        self._views: dict[tuple[int, torch.dtype], tuple[tuple[torch.Tensor, ...], ...]] = {}
+        self._views: dict[tuple[tuple[int, ...], torch.dtype], tuple[tuple[torch.Tensor, ...], ...]] = {}
 
-    def exchange(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def exchange(self, x: torch.Tensor, counts: tuple[int, ...] | None = None) -> Sequence[torch.Tensor]:
         """The flat `x` of every rank, in rank order; valid until the second exchange from now.
 
-        `x`: contiguous, at most `PLACE_BYTES`, of the same shape and dtype on all ranks."""
-        places = self._view(x.numel(), x.dtype)[self._round & 1]
+        `x`: contiguous, at most `PLACE_BYTES`, of the same dtype on all ranks. `counts`: values of each rank's, by
+        default as many as here."""
+        places = self._view(counts or (x.numel(),) * self._size, x.dtype)[self._round & 1]
         places[self._rank].copy_(x.view(-1))
         for descriptor in self._raises:
             os.eventfd_write(descriptor, 1)
@@ -58,20 +59,21 @@ class Board:
             self._sum_into(piece, self.exchange(piece))
         return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        """`x` [..., columns], contiguous, of all ranks, side by side in the last dimension; None if a row of `x` is too
-        long for the board."""
-        columns = x.shape[-1]
-        length = PLACE_BYTES // max(1, columns * x.element_size())
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        """`x` [..., widths[rank]], contiguous, of all ranks, side by side in the last dimension; None if a row of one
+        is too long for the board."""
+        length = PLACE_BYTES // max(1, max(widths) * x.element_size())
         if not length:
             return None
-        rows = x.view(-1, columns)
-        gathered = x.new_empty((len(rows), self._size, columns))
+        rows = x.view(-1, x.shape[-1])
+        gathered = x.new_empty((len(rows), sum(widths)))
         for start in range(0, len(rows), length):
             piece = rows[start : start + length]
-            for rank, part in enumerate(self.exchange(piece)):
-                gathered[start : start + length, rank] = part.view(piece.shape)
-        return gathered.view(*x.shape[:-1], self._size * columns)
+            count = len(piece)
+            parts = self.exchange(piece, tuple(count * width for width in widths))
+            shaped = [part.view(count, width) for part, width in zip(parts, widths, strict=True)]
+            torch.cat(shaped, dim=1, out=gathered[start : start + count])
+        return gathered.view(*x.shape[:-1], gathered.shape[1])
 
     def _sum_into(self, total: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         if self._size == 2:
@@ -83,11 +85,15 @@ class Board:
         else:  # rounded once
             total.copy_(torch.stack(tuple(parts)).sum(0, dtype=torch.float32))
 
-    def _view(self, count: int, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], ...]:
-        views = self._views.get((count, dtype))
+    def _view(self, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Of either half of the board: the first values in each rank's place."""
+        views = self._views.get((counts, dtype))
         if views is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            views = tuple(tuple(place.view(dtype)[:count] for place in half) for half in self._places)
-            self._views[count, dtype] = views
+            views = tuple(
+                tuple(place.view(dtype)[:count] for place, count in zip(half, counts, strict=True))
+                for half in self._places
+            )
+            self._views[counts, dtype] = views
         return views

@@ -8,7 +8,7 @@ process: two engines can live in one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -96,14 +96,18 @@ class TorchParallel(Parallel):
             self._peers.allreduce([x]).wait()
         return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
         if self.size == 1:
             return x
         x = x.contiguous()
         self.traffic.count("all_gather", x.nbytes)
-        if self._board is not None and (gathered := self._board.all_gather(x)) is not None:
+        widths = widths or [x.shape[-1]] * self.size
+        if self._board is not None and (gathered := self._board.all_gather(x, widths)) is not None:
             return gathered
-        return torch.cat(self._gather(x), dim=-1)
+        longest = max(widths)  # gloo and nccl gather equal parts only
+        padded = x if x.shape[-1] == longest else torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
+        parts = self._gather(padded)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def send(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         if self.is_last_stage:

@@ -158,20 +158,31 @@ def test_a_sum_in_parts_is_the_sum_at_once(on_board, monkeypatch):
     assert torch.equal(whole, rows)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_gathering(on_board, size):
-    def work(board, rank):
-        return [board.all_gather(x) for x in tensors(rank, torch.float32)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cuts", [(1.0, 1.0), (1.0, 0.4), (0.2, 1.0, 0.6)])
+def test_gathering(on_board, cuts, dtype):
+    """`cuts`: how much of the columns each rank has."""
 
-    results = on_board(size, work)
-    for place, parts in enumerate(zip(*(tensors(rank, torch.float32) for rank in range(size)), strict=True)):
+    def parts(rank):
+        return [x[..., : widths(x)[rank]].contiguous() for x in tensors(rank, dtype)]
+
+    def widths(x):
+        return [max(1, int(x.shape[-1] * cut)) for cut in cuts]
+
+    def work(board, rank):
+        return [board.all_gather(x, widths(whole)) for x, whole in zip(parts(rank), tensors(rank, dtype), strict=True)]
+
+    results = on_board(len(cuts), work)
+    for place, alone in enumerate(zip(*(parts(rank) for rank in range(len(cuts))), strict=True)):
         for result in results:
-            assert torch.equal(result[place], torch.cat(parts, dim=-1))
+            assert torch.equal(result[place], torch.cat(alone, dim=-1))
 
 
-def test_a_row_that_is_too_long_for_the_board_is_refused(on_board):
+def test_a_row_that_is_too_long_for_the_board_is_refused_by_all(on_board):
+    longest = boards.PLACE_BYTES // 4 + 1
+
     def work(board, rank):
-        return board.all_gather(torch.zeros(1, boards.PLACE_BYTES // 4 + 1))
+        return board.all_gather(torch.zeros(1, [longest, 3][rank]), [longest, 3])
 
     assert on_board(2, work) == [None, None]
 

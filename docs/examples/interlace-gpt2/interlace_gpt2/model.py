@@ -30,10 +30,10 @@ class Block:
         self._heads = (-1, 3 * spec.num_heads, config.head_size)
         self._norm1 = LayerNorm(build, weights.at("ln_1"), size, eps)
         parallel = build.parallel
-        heads = share_heads(config.num_heads, config.num_heads, parallel.rank, parallel.size)
-        mine = heads.query_part(config.head_size)
-        self._qkv = FusedQKV(build, attention, "c_attn", size, mine)
-        self._out = RowParallelLinear(build, attention, "c_proj", size, size, bias=True, columns=mine)
+        heads = [share_heads(config.num_heads, config.num_heads, rank, parallel.size) for rank in range(parallel.size)]
+        parts = [held.query_part(config.head_size) for held in heads]
+        self._qkv = FusedQKV(build, attention, "c_attn", size, parts[parallel.rank])
+        self._out = RowParallelLinear(build, attention, "c_proj", size, size, bias=True, columns=parts)
         self._norm2 = LayerNorm(build, weights.at("ln_2"), size, eps)
         activation = config.raw.get("activation_function", "gelu_new")
         self._mlp = MLP(build, Conv1DTable(weights.at("mlp")), size, config.intermediate_size, activation)
