@@ -28,7 +28,8 @@ Arguments = dict[str, Any]
 
 _PLAIN_WEIGHTS = ("auto", "bf16", "float32")
 _ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding")
-_MAKERS = ("make_linear", "make_block_linear", "make_head", "make_block_embedding")
+_LINEARS = ("make_linear", "make_block_linear")
+_MAKERS = (*_LINEARS, "make_head", "make_block_embedding")
 _CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax", "sample")
 """Ops that are called with random rows. `draw`, which works on rows of its argument, has tests of its own."""
 _MADE_OF = {"make_block_linear": "make_linear", "make_head": "make_linear", "make_block_embedding": "embedding"}
@@ -173,6 +174,22 @@ class KernelsConformance(Conformance):
                     assert torch.equal(result, expected[chosen]), (
                         f"{op} in {dtype} claims batch_invariant; rows {chosen} of {_shapes(arguments)} differ in bits"
                     )
+
+    def test_outputs_are_independent_if_claimed(self, dtype: str, seed: int) -> None:
+        """Linears that claim batch_invariant give an output the same bits whichever others are made with it."""
+        claimed = [op for op in _LINEARS if {op, _MADE_OF.get(op, op)} <= self.target.batch_invariant]
+        specs = [KernelSpec(dtype, self.device, weights) for weights in self._ways]
+        cases = [(op, spec) for op in claimed for spec in specs if self.target.supports(op, spec) is None]
+        if not cases:
+            skip(f"no linear claims batch_invariant in {dtype}")
+        for op, spec in cases:
+            rng, generator = _sources(seed)
+            x, weight = self._arguments(op, dtype, rng, generator, 9).values()
+            weight = weight if op == "make_linear" else weight[0]
+            first, last = sorted(rng.sample(range(weight.shape[0] + 1), 2))
+            make = getattr(self.target(self.target_options, spec), op)
+            whole, some = (make(w if op == "make_linear" else [w])(x) for w in (weight, weight[first:last]))
+            assert torch.equal(some, whole[:, first:last]), f"{op} for {spec}; outputs {first} to {last} differ in bits"
 
     def test_deterministic_if_asked_for(self, called_op: str, dtype: str, seed: int) -> None:
         """With `KernelSpec.deterministic`, equal input gives equal bits."""

@@ -129,6 +129,16 @@ class ClaimsLinear(TorchKernels):
         return lambda x: run(x) * (1 + len(x) * torch.finfo(x.dtype).eps)
 
 
+class ClaimsOutputs(TorchKernels):
+    """The same in any batch, but not for any number of outputs."""
+
+    batch_invariant = frozenset({"make_linear"})
+
+    def make_linear(self, weight, bias=None):
+        run = super().make_linear(weight.double(), bias)
+        return lambda x: torch.stack([run(row[None])[0] for row in x]) * (1 + len(weight) * torch.finfo(x.dtype).eps)
+
+
 class ClaimsUnknown(TorchKernels):
     batch_invariant = frozenset({"linear"})
 
@@ -174,6 +184,7 @@ WRONG = [
     (AcceptsEverything, "test_unknown_ways", "no-such-way"),
     (RefusesEverything, "test_something_is_supported", "every op is refused on cpu"),
     (ClaimsLinear, "test_batch_invariance", "make_linear in float32 claims"),
+    (ClaimsOutputs, "test_outputs_are_independent", "make_linear for .*; outputs"),
     (SamplesWithoutNucleus, "test_sample", "token [0-9]+ (is excluded|holds)"),
     (SamplesAnyway, "test_sample", "is no distribution"),
     (SamplesByPlace, "test_sample", "the number is"),

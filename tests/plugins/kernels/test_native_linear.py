@@ -117,6 +117,21 @@ def test_a_row_has_the_same_bits_in_any_company(isa, keep):
 
 
 @pytest.mark.parametrize("keep", KEEPS)
+def test_an_output_has_the_same_bits_on_any_rank(isa, keep):
+    """A rank holds some of the outputs: strips and panels of a weight begin elsewhere then."""
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = torch.randn(576, 257, generator=generator), torch.randn(576, generator=generator)
+    run = tape(isa, threads=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(11, 257, generator=generator).to(dtype)
+        whole = NativeLinear(run, [weight], keep, bias)(x)
+        for first, last in ((0, 288), (288, 576), (192, 384), (7, 100), (33, 34), (500, 576)):
+            part = NativeLinear(run, [weight[first:last]], keep, bias[first:last])
+            for rows in (1, 3, 11):
+                assert torch.equal(part(x[:rows]), whole[:rows, first:last]), (first, last, rows)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 def test_many_rows_are_taken_in_chunks_with_the_same_bits(isa, keep):
     """More rows than the second-level cache holds activations of, and than the converted ones have room for."""
     generator = torch.Generator().manual_seed(3)

@@ -94,6 +94,17 @@ def test_a_row_has_the_same_bits_in_any_company(isa, name):
             assert torch.equal(linear(x[first : first + rows]), whole[first : first + rows]), (rows, threads)
 
 
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_an_output_has_the_same_bits_on_any_rank(isa, name):
+    weight = make(name, 200, 512)
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    whole = NativeLinear(tape(isa), [weight], "bf16")(x)
+    for first, last in ((0, 100), (100, 200), (66, 133), (7, 8), (190, 200)):
+        part = NativeLinear(tape(isa, 2), [weight[first:last]], "bf16")
+        for rows in (1, 9):
+            assert torch.equal(part(x[:rows]), whole[:rows, first:last]), (first, last, rows)
+
+
 def test_parts_of_several_formats(isa):
     """As the fused query, key and value of a mixed file: each part gives what it gives alone."""
     parts = [make("Q4_K", 50, 256, 1), make("Q6_K", 16, 256, 2), make("Q8_0", 7, 256, 3), torch.randn(20, 256)]
