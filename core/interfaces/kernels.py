@@ -109,8 +109,9 @@ class Kernels:
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
         {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw", "sample"}
     )
-    """Ops whose result for a row has the same bits whatever the other rows. Of the reference: those made of other ops
-    only, and those that compute every value alone."""
+    """Ops whose result for a row has the same bits whatever the other rows; of linears, also that for an output
+    whatever the other outputs, which other ranks may have. Of the reference: those made of other ops only, and those
+    that compute every value alone."""
 
     def __init__(self, options: BaseModel, spec: KernelSpec) -> None:
         self.options: Any = options

@@ -79,7 +79,7 @@ class NativeKernels(Kernels):
         return f"C++ {self._tape.library.isa}"
 
     def rounds_inputs(self, op: str) -> bool:
-        if op == "make_block_linear" or self.spec.weights == "int8":
+        if self.spec.weights == "int8" or (op == "make_block_linear" and self.spec.keeps_blocks):
             return True
         return self.spec.dtype == "float32" and self.spec.weights in ("bf16", "as-shipped")
 
