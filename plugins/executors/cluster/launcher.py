@@ -182,8 +182,8 @@ class Launcher:
             serving.future().add_done_callback(ask)
 
     def _explain(self, rank: int) -> str:
-        """Why a rank has closed its connection. Ray knows at once of a process that ended; of a node only after it has
-        missed heartbeats, so the node is asked whether it is there."""
+        """Why a rank has closed its connection; empty if it ended by itself. Ray knows at once of a process that ended;
+        of a node only after it has missed heartbeats, so the node is asked whether it is there."""
         done, _ = ray.wait([self._serving[rank]], timeout=EXPLANATION_S)
         if done:
             try:
@@ -193,7 +193,7 @@ class Launcher:
             except Exception as error:
                 return _reason(error)
             else:
-                return "it ended by itself"
+                return ""
         seat = self._seats[rank]
         for node in ray.nodes():
             if node["NodeID"] == seat.node_id:

@@ -73,10 +73,11 @@ class Placed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """A rank's actor has ended, or is taken to have: the best that is known of the reason."""
+    """A rank's actor has ended, or is taken to have."""
 
     rank: int
     text: str
+    """The best that is known of the reason; empty if it ended by itself."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

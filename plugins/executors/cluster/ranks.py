@@ -24,12 +24,11 @@ from interlace.plugins.executors.cluster.tcp import connect, read_all
 from interlace.plugins.executors.processes.channel import MessageReader, frame
 from interlace.plugins.executors.processes.processes import StepWatch
 from interlace.plugins.executors.ranks import wire
-from interlace.plugins.executors.ranks.ledger import StepLedger, Trouble
+from interlace.plugins.executors.ranks.blame import PATIENCE, Sort, Trouble, blame
+from interlace.plugins.executors.ranks.ledger import StepLedger
 from interlace.remote_error import RemoteTraceback
 from interlace.spec import ResolvedSpec
 
-GRACE = 1.0
-"""Seconds to wait for the cause when ranks say no more than that a peer is gone."""
 EXPLANATION_TIMEOUT = 6.0
 """Seconds the launcher is given to find out why a rank is gone."""
 CONNECT_TIMEOUT = 10.0
@@ -47,6 +46,8 @@ class _Rank:
         self.seat = seat
         self.name = f"rank {number} (pid {seat.pid} on node {seat.host})"
         self.gone = False
+        self.complained = False
+        """Whether it has said what is wrong with it; then nobody needs to ask why it is gone."""
         try:
             self.socket = connect(seat, CONNECT_TIMEOUT)
         except OSError as error:
@@ -86,6 +87,7 @@ class ClusterRanks:
         self._on_death = on_death
         self._clock = clock
         self._ranks: list[_Rank] = []
+        self._explained: set[int] = set()  # ranks of which the launcher has told what became of them
         self._stopping = False
         self._give_up: str | None = None
         self._wake = os.eventfd(0)
@@ -173,8 +175,8 @@ class ClusterRanks:
         """Until all are to end (None), or one cannot go on (the reason)."""
         watch = StepWatch(self._ledger, self._clock, self._spec.step_timeout_s)
         while not self._stopping:
-            for trouble in self._heard(watch.interval):
-                return self._find_cause(trouble)
+            if found := list(self._heard(watch.interval)):
+                return self._find_cause(found)
             if self._give_up is not None:
                 return self._describe_hang(self._give_up)
             if hung := watch.look():
@@ -182,7 +184,7 @@ class ClusterRanks:
         return None
 
     def _heard(self, timeout: float) -> Iterator[Trouble]:
-        """Wait until somebody says something; what is trouble of it."""
+        """Wait until somebody says something; the troubles in all that is said by then."""
         poller = select.poll()
         by_descriptor = {rank.socket.fileno(): rank for rank in self._ranks if not rank.gone}
         for descriptor in (*by_descriptor, self._launcher.fileno(), self._wake):
@@ -194,8 +196,8 @@ class ClusterRanks:
                 os.eventfd_read(self._wake)
             else:
                 for said in self._launcher.read():
-                    if isinstance(said, Gone):
-                        yield self._lost(said)
+                    if isinstance(said, Gone) and (trouble := self._lost(said)) is not None:
+                        yield trouble
 
     def _hear(self, rank: _Rank) -> Iterator[Trouble]:
         for said in rank.hear():
@@ -206,30 +208,43 @@ class ClusterRanks:
                 error = replace(said.error, message=f"{said.error.message} (said by {rank.name})")
                 said = replace(said, error=error)
             if (trouble := self._ledger.answer(rank.number, said)) is not None:
+                rank.complained = True
                 yield trouble
-        if rank.gone:
-            yield Trouble(rank.number, InterlaceError(f"{rank.name} has closed its connection"), True)
+        if rank.gone and not rank.complained:
+            yield Trouble(rank.number, InterlaceError(f"{rank.name} has closed its connection"), Sort.ENDED)
 
-    def _find_cause(self, trouble: Trouble) -> BaseException:
-        """The error to tell. That a peer is gone is a consequence: what happened to the peer is heard soon."""
-        deadline = self._clock.now() + GRACE
-        asked = False
-        while trouble.secondary and not self._stopping and (left := deadline - self._clock.now()) > 0:
-            lost = [rank for rank in self._ranks if rank.gone]
-            if lost and not asked:
-                asked = True
-                trouble = Trouble(lost[0].number, InterlaceError(f"{lost[0].name} has closed its connection"), True)
-                self._launcher.send(Why(lost[0].number))
-                deadline = self._clock.now() + EXPLANATION_TIMEOUT
-            for found in self._heard(left):
-                if not found.secondary:
-                    trouble = found
-                    break
-        return self._named(trouble)
+    def _find_cause(self, found: list[Trouble]) -> BaseException:
+        """The error to tell, once nothing likelier to be the cause is to be expected."""
+        began = self._clock.now()
+        asked: dict[int, float] = {}
+        while True:
+            cause = blame(found)
+            until = began + PATIENCE[cause.sort]
+            if cause.sort >= Sort.ENDED:
+                self._ask_why(asked)
+                answers = [when + EXPLANATION_TIMEOUT for rank, when in asked.items() if rank not in self._explained]
+                until = max([until, *answers])
+            left = until - self._clock.now()
+            if left <= 0 or self._stopping:
+                return self._named(cause)
+            found += self._heard(left)
 
-    def _lost(self, gone: Gone) -> Trouble:
-        error = InterlaceError(f"{self._ranks[gone.rank].name} is gone: {gone.text}")
-        return Trouble(gone.rank, error, False)
+    def _ask_why(self, asked: dict[int, float]) -> None:
+        """Ask the launcher why ranks are gone that said nothing; where none is, it may know of one that complained."""
+        lost = [rank for rank in self._ranks if rank.gone]
+        for rank in [rank for rank in lost if not rank.complained] or lost:
+            if rank.number not in asked:
+                asked[rank.number] = self._clock.now()
+                self._launcher.send(Why(rank.number))
+
+    def _lost(self, gone: Gone) -> Trouble | None:
+        """What is known of a rank that is gone, None if that is nothing new."""
+        rank = self._ranks[gone.rank]
+        self._explained.add(gone.rank)
+        if rank.complained and not gone.text:
+            return None
+        error = InterlaceError(f"{rank.name} is gone: {gone.text or 'it ended by itself'}")
+        return Trouble(gone.rank, error, Sort.ENDED if rank.complained else Sort.KILLED)
 
     def _named(self, trouble: Trouble) -> BaseException:
         """The error with the rank it comes from, where there is more than one."""

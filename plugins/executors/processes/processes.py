@@ -26,7 +26,8 @@ from interlace.plugins.executors.processes.channel import MessageReader
 from interlace.plugins.executors.processes.child import STACKS_SIGNAL, Setup
 from interlace.plugins.executors.processes.ring import RingClosedError, RingWriter
 from interlace.plugins.executors.ranks import wire
-from interlace.plugins.executors.ranks.ledger import StepLedger, Trouble
+from interlace.plugins.executors.ranks.blame import PATIENCE, Sort, Trouble, blame
+from interlace.plugins.executors.ranks.ledger import StepLedger
 from interlace.plugins.executors.ranks.meeting import BoardSeat, Rendezvous, make_seats
 from interlace.remote_error import RemoteTraceback
 from interlace.spec import ResolvedSpec
@@ -36,8 +37,6 @@ RING_BYTES = 4 << 20
 """Plans are some KiB; longer ones pass through in pieces."""
 STOP_TIMEOUT = 5.0
 """Seconds ranks are given to end by themselves before they are killed."""
-GRACE = 1.0
-"""Seconds to wait for the cause when ranks say no more than that a peer is gone."""
 STACKS_TIMEOUT = 0.5
 """Seconds ranks are given to write down their stacks."""
 LOOKS = 8
@@ -54,8 +53,8 @@ class _Rank:
         """`inherited`: descriptors that `setup` refers to, besides the one it adds."""
         self.place = setup.place
         self.heard_all = False
-        self.trouble: Trouble | None = None
-        """The first thing it complained of."""
+        self.troubled = False
+        """Whether it is among the troubles."""
         self.socket, theirs = socket.socketpair()
         self.stacks = os.memfd_create("interlace-stacks")
         self._setup = msgspec.structs.replace(setup, stacks=self.stacks)
@@ -91,14 +90,16 @@ class _Rank:
             self.heard_all = True
             return []
 
-    def death(self) -> InterlaceError:
-        """What it died of, as far as the system knows."""
+    def death(self) -> Trouble:
+        """What it died of, as far as the system knows; it has said nothing of it."""
         code = self.process.wait()
         if code >= 0:
-            return InterlaceError(f"{self.name} ended with status {code} without a word")
+            error = InterlaceError(f"{self.name} ended with status {code} without a word")
+            return Trouble(self.place.rank, error, Sort.ENDED)
         name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
         hint = ": out of memory, unless somebody did it" if -code == signal.SIGKILL else ""
-        return InterlaceError(f"{self.name} was killed by signal {-code} ({name}){hint}")
+        error = InterlaceError(f"{self.name} was killed by signal {-code} ({name}){hint}")
+        return Trouble(self.place.rank, error, Sort.ENDED if -code == signal.SIGABRT else Sort.KILLED)
 
     def stack_text(self) -> str:
         """What `STACKS_SIGNAL` has made it write."""
@@ -143,6 +144,7 @@ class RankProcesses:
         if share_memory and places[0].tensor_size > 1:
             self._boards = [seat for _ in range(places[0].num_stages) for seat in make_seats(places[0].tensor_size)]
         self._ranks: list[_Rank] = []
+        self._troubles: list[Trouble] = []  # in the order of notice, one per rank
         self._stopping = False
         self._give_up: str | None = None
         self._thread = threading.Thread(target=self._run, name="interlace-ranks", daemon=True)
@@ -233,57 +235,55 @@ class RankProcesses:
             ready = poller.poll(1000 * (STOP_TIMEOUT if self._stopping else watch.interval))
             if self._stopping and not ready:
                 return None  # they had their time
-            trouble: Trouble | None = None
             for descriptor, _ in ready:
                 if descriptor in by_socket:
                     rank = by_socket[descriptor]
-                    trouble = trouble or self._hear(rank)
+                    self._hear(rank)
                     if rank.heard_all:
                         poller.unregister(descriptor)
                 elif descriptor in by_pidfd:
                     poller.unregister(descriptor)
-                    trouble = trouble or self._gone(by_pidfd.pop(descriptor))
+                    self._hear_all(by_pidfd.pop(descriptor))
                 else:
                     os.eventfd_read(self._wake)
             if self._give_up is not None:
                 return self._describe_hang(self._give_up)
-            if trouble is not None and not self._stopping:
-                return self._find_cause(trouble)
+            if self._troubles and not self._stopping:
+                return self._find_cause()
             if hung := watch.look():
                 return self._describe_hang(hung)
         return None
 
-    def _hear(self, rank: _Rank) -> Trouble | None:
+    def _hear(self, rank: _Rank) -> None:
+        """Take in what a rank says; if it has ended without a complaint, that is one."""
         for said in rank.hear():
             if isinstance(said, wire.Happened | wire.Logged):
                 self._on_event(said)
             else:
-                found = self._ledger.answer(rank.place.rank, said)
-                rank.trouble = rank.trouble or found
-        return rank.trouble
+                self._note(rank, self._ledger.answer(rank.place.rank, said))
+        if rank.heard_all and not self._stopping and not rank.troubled:
+            self._note(rank, rank.death())
 
-    def _gone(self, rank: _Rank) -> Trouble | None:
-        """A process has ended: its last words, or how it ended."""
+    def _hear_all(self, rank: _Rank) -> None:
+        """The last words of a process that has ended."""
         while not rank.heard_all:
             self._hear(rank)
-        return self._trouble_of(rank)
 
-    def _trouble_of(self, rank: _Rank) -> Trouble | None:
-        """What it complained of, or died of."""
-        if rank.trouble is None and rank.heard_all:
-            rank.trouble = Trouble(rank.place.rank, rank.death(), False)
-        return rank.trouble
+    def _note(self, rank: _Rank, trouble: Trouble | None) -> None:
+        """Of each rank the first trouble counts: what it complained of, or else what it died of."""
+        if trouble is not None and not rank.troubled:
+            rank.troubled = True
+            self._troubles.append(trouble)
 
-    def _find_cause(self, trouble: Trouble) -> BaseException:
-        """The error to tell. That a peer is gone is a consequence: what happened to the peer is heard soon."""
-        deadline = self._clock.now() + GRACE
+    def _find_cause(self) -> BaseException:
+        """The error to tell, once nothing likelier to be the cause is to be expected."""
+        began = self._clock.now()
         while True:
-            found = [known for rank in self._ranks if (known := self._trouble_of(rank)) is not None]
-            primary = next((known for known in found if not known.secondary), None)
+            cause = blame(self._troubles)
             talking = {rank.socket.fileno(): rank for rank in self._ranks if not rank.heard_all}
-            left = deadline - self._clock.now()
-            if primary is not None or not talking or left <= 0:
-                return self._name(primary or trouble)
+            left = began + PATIENCE[cause.sort] - self._clock.now()
+            if not talking or left <= 0:
+                return self._name(cause)
             poller = select.poll()
             for descriptor in talking:
                 poller.register(descriptor, select.POLLIN)

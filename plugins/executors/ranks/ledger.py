@@ -13,18 +13,10 @@ import msgspec
 from interlace.interfaces.executor import ExecutorInfo
 from interlace.messages import StepPlan, StepResult
 from interlace.plugins.executors.ranks import wire
+from interlace.plugins.executors.ranks.blame import Sort, Trouble
 from interlace.worker.feedback import Feedback
 
 Answer = wire.Prepared | wire.Started | wire.Controlled
-
-
-class Trouble(NamedTuple):
-    """Something after which the ranks cannot go on."""
-
-    rank: int
-    error: Exception
-    secondary: bool
-    """Whether it says no more than that another rank is gone."""
 
 
 class _Submitted(NamedTuple):
@@ -88,10 +80,10 @@ class StepLedger:
             case wire.StepFailed(step_id=step_id, error=error, secondary=secondary):
                 rebuilt = error.rebuild()
                 if self.num_ranks > 1:
-                    return Trouble(rank, rebuilt, secondary)
+                    return Trouble(rank, rebuilt, _sort(secondary))
                 self._step_failed(step_id, rebuilt)
             case wire.Failed(error=error, secondary=secondary):
-                return Trouble(rank, error.rebuild(), secondary)
+                return Trouble(rank, error.rebuild(), _sort(secondary))
             case wire.Prepared() | wire.Started() | wire.Controlled():
                 self._answered(rank, said)
             case _:
@@ -147,6 +139,10 @@ class StepLedger:
             self.progress += 1
             answers = [self._answers[rank] for rank in sorted(self._answers)]
         question.set_result(answers)
+
+
+def _sort(secondary: bool) -> Sort:
+    return Sort.MISSED_A_PEER if secondary else Sort.FAILED
 
 
 def merge(infos: Sequence[ExecutorInfo]) -> ExecutorInfo:
