@@ -14,6 +14,7 @@ from interlace.engine.core import EngineCore
 from interlace.errors import ConfigError
 from interlace.events import Events
 from interlace.interfaces.executor import Executor, ExecutorInfo
+from interlace.interfaces.host import Host
 from interlace.plugin_manager import PluginManager
 from interlace.resolve import check_portable, open_tokenizer, resolve
 from interlace.spec import ResolvedSpec
@@ -53,51 +54,68 @@ def assemble(
     manager = PluginManager(loaded.settings, plugins, clock)
     spec = resolve(loaded, manager)
     engine = loaded.settings.engine
+    host = spec.executor.make_host()
+    if host is not None:
+        _check_process(loaded, f"the options of {spec.executor.owner} put the engine {host.describe()}")
     process = default_process if engine.process == "auto" else engine.process
+    process = "subprocess" if host is not None else process
     client: EngineClient
     if engine.replicas > 1:
-        client = make_replicas(spec, loaded, clock)
+        client = make_replicas(spec, loaded, clock, host)
     elif supervised and process == "subprocess":
-        client = supervise(spec, engine, clock)
+        client = supervise(spec, engine, clock, host)
     else:
-        client = make_client(spec, process, clock)
+        client = make_client(spec, process, clock, host)
     return Assembly(loaded, spec, manager, open_tokenizer(loaded, spec), client, clock)
 
 
-def make_replicas(spec: ResolvedSpec, loaded: LoadedSettings, clock: Clock) -> EngineClient:
-    """A client of `engine.replicas` engines, each supervised in a process of its own. Raises `ConfigError`."""
+def _check_process(loaded: LoadedSettings, why: str) -> None:
+    """Raise `ConfigError` if the engine is to be a thread of this process, although it cannot for the reason given."""
+    if loaded.settings.engine.process == "inline":
+        raise ConfigError(
+            f"{why}, but engine.process = 'inline' ({loaded.source('engine.process')}). Allowed: 'auto' or 'subprocess'"
+        )
+
+
+def make_replicas(spec: ResolvedSpec, loaded: LoadedSettings, clock: Clock, host: Host | None = None) -> EngineClient:
+    """A client of `engine.replicas` engines, each supervised in a process of its own, which divide this machine or are
+    placed by `host`. Raises `ConfigError`."""
     from interlace.engine.guarded_router import GuardedRouter
     from interlace.engine.replicas import Replicas
-    from interlace.engine.sharing import describe_shares, share_machine
+    from interlace.engine.sharing import describe_shares, number, share_machine
 
     engine = loaded.settings.engine
-    if engine.process == "inline":
-        raise ConfigError(
-            f"engine.replicas = {engine.replicas} ({loaded.source('engine.replicas')}) needs a process for each, but "
-            f"engine.process = 'inline' ({loaded.source('engine.process')}). Allowed: 'auto' or 'subprocess'"
-        )
+    _check_process(
+        loaded, f"engine.replicas = {engine.replicas} ({loaded.source('engine.replicas')}) needs a process for each"
+    )
     assert spec.router is not None
     router = GuardedRouter(spec.router.build(), spec.router.name, clock.now)
-    specs = share_machine(spec, engine.replicas)
-    layout = f"{describe_shares(specs)}; router {spec.router.name} ({spec.router.reason})"
+    specs = share_machine(spec, engine.replicas) if host is None else number(spec, engine.replicas)
+    shares = describe_shares(specs) if host is None else host.describe()
+    layout = f"{shares}; router {spec.router.name} ({spec.router.reason})"
     block_size = spec.cache.block_size if spec.cache.prefix_caching else 0
-    return Replicas([supervise(one, engine, clock) for one in specs], router, block_size, layout)
+    clients = [supervise(one, engine, clock, host) for one in specs]
+    return Replicas(clients, router, block_size, layout)
 
 
-def supervise(spec: ResolvedSpec, engine: EngineSettings, clock: Clock) -> EngineClient:
+def supervise(spec: ResolvedSpec, engine: EngineSettings, clock: Clock, host: Host | None = None) -> EngineClient:
     """The client of an engine in a process of its own that is started again when it dies."""
     from interlace.engine.supervisor import Supervisor
 
-    make = partial(make_client, spec, "subprocess", clock)
+    make = partial(make_client, spec, "subprocess", clock, host)
     return Supervisor(make, clock, engine.max_restarts, engine.restart_window_s)
 
 
-def make_client(spec: ResolvedSpec, process: str, clock: Clock) -> EngineClient:
-    """The client for `process`: `inline` or `subprocess`."""
+def make_client(spec: ResolvedSpec, process: str, clock: Clock, host: Host | None = None) -> EngineClient:
+    """The client for `process`: `inline` or `subprocess`, which is beside the front or where `host` says."""
     if process == "subprocess":
+        check_portable(spec)
+        if host is not None:
+            from interlace.engine.process_client import ProcessClient
+
+            return ProcessClient(spec, host.link(spec))
         from interlace.engine.subprocess_client import SubprocessClient
 
-        check_portable(spec)
         return SubprocessClient(spec)
     from interlace.engine.inline_client import InlineClient
 

@@ -21,6 +21,17 @@ class MonotonicClock:
     now = staticmethod(time.monotonic)  # no frame in between: it is read several times a step
 
 
+class ShiftedClock:
+    """Real time as another machine counts it."""
+
+    def __init__(self, offset: float) -> None:
+        """`offset`: seconds that its clock is ahead of this machine's."""
+        self._offset = offset
+
+    def now(self) -> float:
+        return time.monotonic() + self._offset
+
+
 class VirtualClock:
     """Time that moves only when told to; for tests and simulation."""
 

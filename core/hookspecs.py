@@ -56,6 +56,10 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     `config` ("package.module:function", importable without torch) is for models whose configuration files have names
     of their own: given the raw configuration, the function returns what it says under the standard names that
     `ModelConfig.from_hf` reads (`{"hidden_size": raw["n_embd"], …}`). These are added to the raw configuration.
+
+    `host` ("package.module:function", importable without torch) is for executors that can take the engine core along
+    to where their workers are: given the validated options, the function returns an `interlace.interfaces.host.Host`,
+    or None where the engine core is to stay beside its front.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     api: str = ""
     options: str | None = None
     config: str | None = None
+    host: str | None = None
 
 
 # ── Catalogue hooks ─────────────────────────────────────────────────────────────────────────────────────────────

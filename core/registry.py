@@ -76,6 +76,7 @@ class Offer(msgspec.Struct, frozen=True):
             package=self.origin.package,
             version=self.origin.version,
             reason=reason,
+            host=self.provider.host,
         )
 
     def load(self) -> Any:

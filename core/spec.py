@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from interlace.contracts import CONTRACTS, check_version, deprecation, load_class
+from interlace.contracts import CONTRACTS, check_version, deprecation, load_class, load_target
 from interlace.errors import InterlaceError, PluginError
 from interlace.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from interlace.interfaces.checkpoint import Checkpoint
+    from interlace.interfaces.host import Host
 
 
 class Component(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +39,8 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     """One of those that `auto` asks; its class may say that it should not be (`auto_refusal`)."""
     uses: dict[str, tuple[Component, ...]] = {}
     """Option → the plugins of other kinds that it names, in order (see `Scheduler.uses`)."""
+    host: str | None = None
+    """As of `Provider`."""
 
     @property
     def owner(self) -> str:
@@ -87,6 +90,15 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
         used = {option: [part.build() for part in parts] for option, parts in self.uses.items()}
         with self.blamed():
             return target(self.load_options(target), *arguments, **used)
+
+    def make_host(self) -> Host | None:
+        """Where engines with this executor run; None: beside their front. Raises as `build` does."""
+        if self.host is None:
+            return None
+        make = load_target(self.host, f"the host of {self.owner}")
+        with self.blamed():
+            host: Host | None = make(self.options)
+        return host
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """The engine client: how a front talks to an engine core, wherever it runs.
 
-Two transports, one interface: `InlineClient` (a thread of this process) and `SubprocessClient` (a spawned child,
-msgspec over ZMQ ipc). `interlace.assemble` chooses by `engine.process`. `Replicas` is a client made of several.
+Two transports, one interface: `InlineClient` (a thread of this process) and `ProcessClient` (another process, at the
+other end of a link). Of the latter, `SubprocessClient` has a child (msgspec over ZMQ ipc); where the executor has a
+host (`interfaces/host.py`) the process is elsewhere. `interlace.assemble` chooses. `Replicas` is a client made of
+several.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ def share_machine(spec: ResolvedSpec, count: int, num_gpus: int | None = None) -
     return specs
 
 
+def number(spec: ResolvedSpec, count: int) -> list[ResolvedSpec]:
+    """One spec for each of `count` replicas that do not share this machine; where they run settles the rest."""
+    return [msgspec.structs.replace(spec, replica=index, num_replicas=count) for index in range(count)]
+
+
 def describe_shares(specs: list[ResolvedSpec]) -> str:
     """For the report of the start: who has what."""
     first = specs[0]

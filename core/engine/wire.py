@@ -1,4 +1,4 @@
-"""What travels between a front and an engine in a child process: msgpack of these types, one per ZMQ message."""
+"""What travels between a front and an engine in another process: msgpack of these types, one per message."""
 
 from __future__ import annotations
 
@@ -38,13 +38,21 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     error: RemoteError | None = None
 
 
+class Logged(msgspec.Struct, frozen=True, tag=True):
+    """A log line of an engine on another machine."""
+
+    logger: str
+    level: int
+    text: str
+
+
 class Died(msgspec.Struct, frozen=True, tag=True):
-    """The engine could not start, or stopped by itself; the last message of a child."""
+    """The engine could not start, or stopped by itself; the last message."""
 
     error: RemoteError
 
 
-FromEngine = Ready | Output | Event | Reply | Died
+FromEngine = Ready | Output | Event | Reply | Logged | Died
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -179,7 +179,7 @@ def test_a_hung_child_ends_with_a_status_of_its_own(faulty):
     with Engine("subprocess", FAULTY) as engine:
         engine.client.add([request(fault="hang")])
         engine.story()
-        assert engine.client._process.returncode == 70
+        assert engine.client.returncode == 70
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_frozen_child_is_ended_by_its_parent(faulty):
     with Engine("subprocess", FAULTY) as engine:
         engine.client.add([request(fault="freeze", after="3")])
         assert "TimeoutError: it answered nothing for 1.2 s (engine.step_timeout_s) and was ended" in engine.story()
-        assert engine.client._process.returncode in (-signal.SIGABRT, -signal.SIGKILL)
+        assert engine.client.returncode in (-signal.SIGABRT, -signal.SIGKILL)
 
 
 @pytest.mark.slow
