@@ -141,7 +141,8 @@ class ModelConformance(Conformance):
 
     def test_tensor_parallel(self, ranks: int) -> None:
         """Every rank computes what one alone computes."""
-        self._check_ranks(ranks, 1)
+        for gather in (False, True):
+            self._check_ranks(ranks, 1, gather)
 
     def test_pipeline_parallel(self, stages: int) -> None:
         """The last stage computes what one rank alone computes. A model that is no stage is whole wherever it is."""
@@ -155,15 +156,17 @@ class ModelConformance(Conformance):
         for ranks in self.tensor_parallel[:1]:
             self._check_ranks(ranks, stages)
 
-    def _check_ranks(self, ranks: int, stages: int) -> None:
+    def _check_ranks(self, ranks: int, stages: int, gather: bool = False) -> None:
         tokens = self._tokens(3)
         expected = self.reference(tokens)
-        results = ThreadedParallel.run(ranks, lambda rank: self._harness(parallel=rank).run(tokens, chunk=10), stages)
-        last = results[-ranks:]
+
+        def work(rank: Parallel) -> torch.Tensor:
+            return self._harness(parallel=rank, gather=gather).run(tokens, chunk=10)
+
+        last = ThreadedParallel.run(ranks, work, stages)[-ranks:]
         for rank, result in enumerate(last):
-            what = (
-                f"rank {rank} of {ranks}" if stages == 1 else f"rank {rank} of {ranks} of the last of {stages} stages"
-            )
+            what = f"rank {rank} of {ranks}{', gather' if gather else ''}"
+            what += "" if stages == 1 else f" of the last of {stages} stages"
             self._compare(result, expected, what)
             assert torch.equal(result, last[0]), f"the logits of {what} differ in bits from rank 0's"
 
@@ -317,6 +320,7 @@ class ModelConformance(Conformance):
         weights: Iterable[tuple[str, torch.Tensor]] | None = None,
         dtype: str = "float32",
         parallel: Parallel | None = None,
+        gather: bool = False,
         context: MakeContext = ForwardContext,
     ) -> ModelHarness:
         return ModelHarness(
@@ -326,6 +330,7 @@ class ModelConformance(Conformance):
             **self.over,
             dtype=dtype,
             parallel=parallel,
+            gather=gather,
             max_model_len=2 * self.num_tokens,
             context=context,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from interlace.layers.linear import ColumnParallelLinear, QKVLinear, RowParallel
 from interlace.layers.mlp import GatedMLP
 from interlace.layers.parallel import HeadShare, share, share_heads
 from interlace.layers.weights import WeightTable
+from interlace.testing.ranks import ThreadedParallel
 
 
 class FakeRank(Parallel):
@@ -146,6 +148,31 @@ def test_column_then_row_summed_over_ranks_is_the_whole(bias):
     assert torch.allclose(total, linear(gate * up, weights["down.weight"], weights.get("down.bias")), atol=1e-4)
 
 
+def test_gathering_linears_compute_each_output_whole():
+    """Inputs of uneven parts, a bias, outputs that no number of ranks divides; weights in blocks stay so."""
+    cuts = {1: [0, 12], 2: [0, 8, 12], 3: [0, 6, 10, 12]}
+    weights = {"out.weight": bytes_weight(65, 12), "out.bias": torch.randn(65)}
+    x = torch.randn(3, 12)
+
+    def work(parallel: Parallel) -> tuple[torch.Tensor, list[list[tuple[int, int]]]]:
+        kernels = BlockKernels(BlockKernels.Options(), KernelSpec("float64", "cpu", "as-shipped"))
+        context = BuildContext(kernels, parallel, torch.float64, torch.device("cpu"), 64, gather=True)
+        ends = cuts[parallel.size]
+        columns = [slice(first, last) for first, last in pairwise(ends)]
+        table = WeightTable()
+        layer = RowParallelLinear(context, table, "out", 12, 65, True, columns)
+        table.load(weights.items())
+        assert table.num_parameters == kernels.in_blocks[0][0][0] * 13
+        return layer(x.double()[:, columns[parallel.rank]]), kernels.in_blocks
+
+    expected = torch.nn.functional.linear(x.double(), weights["out.weight"].dequantize().double()) + weights["out.bias"]
+    for size, outputs in ((1, [65]), (2, [33, 32]), (3, [22, 22, 21])):
+        results = ThreadedParallel.run(size, work)
+        assert [kept for _, kept in results] == [[[(rows, 12)]] for rows in outputs]
+        for result, _ in results:
+            assert torch.equal(result, results[0][0]) and torch.allclose(result, expected, atol=1e-12)
+
+
 def test_qkv_ranks_hold_their_heads():
     size, hidden = 4, 6
     weights = {
@@ -243,13 +270,13 @@ def bytes_weight(rows: int, columns: int) -> BlockWeight:
     return BlockWeight("BYTES", (rows, columns), data, decode_bytes)
 
 
-class KeepingKernels(Kernels):
-    """Counts what stays in blocks."""
+class BlockKernels(Kernels):
+    """Notes what comes in blocks."""
 
-    kept: list[list[tuple[int, int]]]
+    in_blocks: list[list[tuple[int, int]]]
 
     def make_block_linear(self, parts: Any, bias: torch.Tensor | None = None) -> Any:
-        self.__dict__.setdefault("kept", []).append([part.shape for part in parts])
+        self.__dict__.setdefault("in_blocks", []).append([part.shape for part in parts])
         return super().make_block_linear(parts, bias)
 
 
@@ -273,18 +300,14 @@ def test_blocks_are_kept_or_decoded_and_mean_the_same(way, size):
     weights = "as-shipped" if way == "mixed" else way
     token_ids, logits, total = torch.tensor([6, 0, 3]), [], torch.zeros(3, 4)
     for rank in range(size):
-        kernels = KeepingKernels(KeepingKernels.Options(), KernelSpec("float32", "cpu", weights))
+        kernels = BlockKernels(BlockKernels.Options(), KernelSpec("float32", "cpu", weights))
         context, table = build(rank, size, kernels), WeightTable()
         embedding, gate_up, down, head = layers_over(context, table)
         table.load(given.items())
         head.finish()
-        kept = vars(kernels).get("kept", [])
-        if way in ("as-shipped", "mixed"):
-            gate_up_shapes = [] if way == "mixed" else [[(6 // size, 4)] * 2]
-            down_shapes = [[(4, 6)]] if size == 1 else []  # blocks cannot be cut by columns
-            assert kept == [*gate_up_shapes, *down_shapes, [(-(-7 // size), 4)]]
-        else:
-            assert not kept, "auto in float32 decodes, for exact results"
+        gate_up_shapes = [] if way == "mixed" else [[(6 // size, 4)] * 2]
+        down_shapes = [[(4, 6)]] if size == 1 else []  # blocks cannot be cut by columns
+        assert kernels.in_blocks == [*gate_up_shapes, *down_shapes, [(-(-7 // size), 4)]]
         total += embedding(token_ids)
         x = torch.ones(3, 4)
         gate, up = gate_up(x).chunk(2, dim=-1)

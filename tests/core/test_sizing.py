@@ -11,7 +11,7 @@ from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.kv.specs import group_layers
 from interlace.plugin_manager import PluginManager
 from interlace.resolve import resolve
-from interlace.worker.sizing import MemoryPlan, ResolvedKernels, plan_memory, plan_weights
+from interlace.worker.sizing import MemoryPlan, ResolvedKernels, build_context, plan_kernels, plan_memory, plan_weights
 
 
 def plan(**settings: object) -> MemoryPlan:
@@ -52,6 +52,45 @@ def test_blocks_that_are_kept_count_as_they_are_stored() -> None:
     size, how = plan_weights(spec.architecture.load(), spec, ResolvedKernels(given, {}), spec.open_checkpoint())
     assert size == 134_515_008 * 2
     assert (how.name, how.reason) == ("bfloat16", "256.6 MiB, decoded from Q4_1, Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "gather"),  # the file's blocks stay blocks
+        ({"dtype": "float32"}, "sum, uncut 1"),  # they are decoded
+        ({"dtype": "float32", "weights": "as-shipped"}, "gather"),
+        ({"dtype": "float32", "weights": "int8"}, "gather"),
+        ({"dtype": "float32", "weights": "bf16"}, "gather"),
+        ({"dtype": "bfloat16", "weights": "bf16"}, "sum, uncut 1"),
+        ({"dtype": "bfloat16", "weights": "float32"}, "sum, uncut 1"),
+        ({"dtype": "bfloat16", "weights": "bf16", "deterministic": True}, "gather"),
+        ({"dtype": "float32", "deterministic": True}, "gather"),
+        ({"dtype": "bfloat16", "kernels": {"use": "torch"}}, "sum, uncut 1"),  # decodes blocks, rounds nothing
+        ({"dtype": "float32", "weights": "bf16", "kernels": {"use": "torch"}}, "gather"),
+    ],
+)
+def test_ranks_gather_where_products_round_their_inputs(settings: dict[str, object], expected: str) -> None:
+    loaded = load_settings(constructor=settings)
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    kernels = plan_kernels(spec)[0]
+    context = build_context(spec, kernels, "meta", None, spec.open_checkpoint().stored())
+    assert ("gather" if context.gather else f"sum, uncut {context.grain}") == expected
+
+
+def test_where_inputs_are_cut_blocks_that_are_kept_stay_whole() -> None:
+    """Kernels that multiply the file's blocks with x as it is: partial sums are as exact as any."""
+
+    class KeepsBlocks(Kernels):
+        def make_block_linear(self, parts, bias=None):
+            raise NotImplementedError
+
+    loaded = load_settings(constructor={"dtype": "bfloat16"})
+    spec = resolve(loaded, PluginManager(loaded.settings))
+    given = KernelSpec("bfloat16", "cpu")
+    kernels = ResolvedKernels(given, {"make_block_linear": KeepsBlocks(KeepsBlocks.Options(), given).make_block_linear})
+    context = build_context(spec, kernels, "meta", None, spec.open_checkpoint().stored())
+    assert (context.gather, context.grain) == (False, 32)
 
 
 def test_no_more_blocks_than_could_ever_be_used() -> None:
