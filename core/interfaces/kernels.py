@@ -226,8 +226,9 @@ class Kernels:
     def make_block_linear(
         self, parts: Sequence[BlockWeight], bias: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As `make_linear`, for a weight that is still in blocks: the parts' rows one after the other, perhaps
-        of several formats. Called where `spec.keeps_blocks`. A provider that cannot compute with one decodes it."""
+        """As `make_linear`, for a weight that comes in blocks: the parts' rows one after the other, perhaps of several
+        formats. They stay so where `spec.keeps_blocks`; else they become what `make_linear` makes of them, decoded to
+        `spec.decoded_dtype`. A provider that cannot compute with a format decodes it."""
         return self.make_linear(join_rows(parts, self.spec.decoded_dtype, parts[0].data.device), bias)
 
     def make_head(self, weight: torch.Tensor | Sequence[BlockWeight]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -270,8 +271,22 @@ class Kernels:
 
         return sample_rows(logits, columns, mode)
 
+    def logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, counts: torch.Tensor) -> LogprobColumns:
+        """Log probabilities of `token_ids` [rows] int64 (-1, of a row that failed, is allowed), their ranks, and the
+        most likely tokens with theirs, `MAX_LOGPROBS` of them or the whole vocabulary if that is smaller; on the device
+        of logits [rows, vocab] float32, which are left as they are. All is said of the raw distribution, log_softmax of
+        the row; a rank is one more than the number of tokens that are more likely.
+
+        `counts` [rows] int32: how many of the most likely tokens a row asks for; -1: nothing at all. What was not asked
+        for may hold anything. As in `sample`, nothing waits for the device, and a device graph may hold it. A row's
+        result must not depend on the other rows; of equally likely tokens any may come first."""
+        from interlace.sampling.logprobs import report_logits
+
+        return report_logits(logits, token_ids)
+
     def make_block_embedding(self, weight: BlockWeight) -> Callable[[torch.Tensor], torch.Tensor]:
-        """As `embedding`, for a weight that is still in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`.
+        """As `embedding`, for a weight that comes in blocks: token ids [tokens] -> [tokens, hidden] in `spec.dtype`,
+        whatever `spec.weights` says.
 
         `weight.data` may be kept: only rows that are asked for need to be read from the file."""
         import torch

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from interlace.interfaces.model import BuildContext
-from interlace.interfaces.weights import BlockWeight, join_rows
+from interlace.interfaces.weights import BlockWeight
 from interlace.layers.weights import WeightTable
 
 
@@ -34,15 +34,10 @@ class VocabParallelEmbedding:
         part = weight[self._first : self._first + self._rows]
         if isinstance(part, BlockWeight):
             self.weight = part.pad(self._rows).to(build.device)
-            if kernels.spec.keeps_blocks:
-                self._look_up = kernels.make_block_embedding(self.weight)
-                return
-        table = torch.zeros(self._rows, part.shape[1], dtype=build.dtype, device=build.device)
-        if isinstance(part, BlockWeight):
-            part.to(build.device).dequantize_into(table[: part.shape[0]])
-        else:
-            table[: part.shape[0]].copy_(part)
-            self.weight = table
+            self._look_up = kernels.make_block_embedding(self.weight)
+            return
+        self.weight = table = torch.zeros(self._rows, part.shape[1], dtype=build.dtype, device=build.device)
+        table[: part.shape[0]].copy_(part)
         self._look_up = lambda token_ids: kernels.embedding(token_ids, table)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -95,13 +90,7 @@ class VocabParallelHead:
             self._make(padded.to(self._build.device))
 
     def _make(self, weight: torch.Tensor | BlockWeight) -> None:
-        kernels = self._build.kernels
-        if isinstance(weight, torch.Tensor):
-            self._run = kernels.make_head(weight)
-        elif kernels.spec.keeps_blocks:
-            self._run = kernels.make_head([weight])
-        else:
-            self._run = kernels.make_head(join_rows([weight], kernels.spec.decoded_dtype, self._build.device))
+        self._run = self._build.kernels.make_head(weight if isinstance(weight, torch.Tensor) else [weight])
 
     def finish(self) -> None:
         """Call once after loading: ties the head to the loaded embedding where the model says so."""

@@ -1,7 +1,7 @@
 """Linear layers, split over ranks by rows (outputs) or columns (inputs), fused where the checkpoint is not.
 
 Each layer gathers this rank's part of its checkpoint tensors; when the last one has come it has the kernels prepare
-the whole once (`Kernels.make_linear`, or `make_block_linear` where blocks are kept) and lets the raw tensors go, so
+the whole once (`Kernels.make_linear`, or `make_block_linear` where it comes in blocks) and lets the raw tensors go, so
 loading never holds a second copy of the model.
 """
 
@@ -79,7 +79,7 @@ class Linear:
             self._raw.clear()
             kernels = self._build.kernels
             blocks = [part for part in weights if isinstance(part, BlockWeight)]
-            if len(blocks) == len(weights) and kernels.spec.keeps_blocks:
+            if len(blocks) == len(weights):
                 self._run = kernels.make_block_linear([part.to(self._build.device) for part in blocks], bias)
             else:
                 self._run = kernels.make_linear(self._join(weights), bias)

@@ -74,8 +74,10 @@ class NativeKernels(Kernels):
     def describe(self, op: str) -> str:
         if op == "make_linear":
             return f"C++ {self._tape.library.isa}, weights packed, {self.spec.weights}"
-        if op == "make_block_linear":
+        if op == "make_block_linear" and self.spec.keeps_blocks:
             return f"C++ {self._tape.library.isa}, blocks of the file, activations in 8 bits"
+        if op == "make_block_linear":
+            return f"C++ {self._tape.library.isa}, blocks decoded while they are packed"
         return f"C++ {self._tape.library.isa}"
 
     def rounds_inputs(self, op: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
+ABI = 3
 AUTO = "auto"
 
 F32, BF16 = 0, 1
@@ -118,7 +118,10 @@ def _load(path: str | None = None) -> ctypes.CDLL:
         "il_close": (None, [pointer]),
         "il_run": (c_int64, [pointer, pointer, c_int64, pointer]),
         "il_use_huge_pages": (None, [pointer, c_int64]),
-        "il_linear_pack": (pointer, [pointer, pointer, c_int64, c_int64, c_int32, pointer, pointer, c_int64]),
+        "il_linear_pack": (
+            pointer,
+            [pointer, pointer, c_int64, c_int64, c_int32, c_int32, pointer, pointer, c_int64],
+        ),
         "il_linear_free": (None, [pointer]),
         "il_linear_bytes": (c_int64, [pointer]),
         "il_linear_has_halves": (c_int32, [pointer]),

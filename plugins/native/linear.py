@@ -49,10 +49,11 @@ def kept_as(spec: KernelSpec, shipped: torch.dtype) -> str:
 
 
 def block_linear(tape: Tape, spec: KernelSpec, parts: Sequence[BlockWeight], bias: torch.Tensor | None) -> NativeLinear:
-    """A weight in blocks. Formats that no kernel has are decoded into the type of compute; the rest stay blocks."""
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    """A weight in blocks. Where they are kept, formats that no kernel has are decoded into the type of compute."""
+    dtype = getattr(torch, spec.dtype) if spec.keeps_blocks else spec.decoded_dtype
     rows = [part if part.format in BLOCKS else part.dequantize(dtype) for part in parts]
-    return NativeLinear(tape, rows, "bf16" if dtype == torch.bfloat16 else "float32", bias)
+    keep = "int8" if spec.weights == "int8" else "bf16" if dtype == torch.bfloat16 else "float32"
+    return NativeLinear(tape, rows, keep, bias, decode_blocks=not spec.keeps_blocks)
 
 
 class _Part(ctypes.Structure):
@@ -70,10 +71,17 @@ class NativeLinear:
     """A packed weight: x [tokens, in] -> [tokens, out]."""
 
     def __init__(
-        self, tape: Tape, parts: Sequence[torch.Tensor | BlockWeight], keep: str, bias: torch.Tensor | None = None
+        self,
+        tape: Tape,
+        parts: Sequence[torch.Tensor | BlockWeight],
+        keep: str,
+        bias: torch.Tensor | None = None,
+        *,
+        decode_blocks: bool = False,
     ) -> None:
         """`parts`: rows of the weight, one after the other; floating tensors [rows, in] and weights in blocks of a
-        format of `BLOCKS`. `keep`: a key of `KEPT`, for the tensors. None of them is kept or changed."""
+        format of `BLOCKS`. `keep`: a key of `KEPT`, for the tensors, and for the blocks as well if `decode_blocks`;
+        else these stay blocks. None of the parts is kept or changed."""
         self._tape = tape
         self.in_size = parts[0].shape[1]
         self.out_size = sum(part.shape[0] for part in parts)
@@ -94,6 +102,7 @@ class NativeLinear:
             len(parts),
             self.in_size,
             KEPT[keep],
+            decode_blocks,
             None if kept_bias is None else kept_bias.data_ptr(),
             ctypes.addressof(error),
             len(error),

@@ -12,6 +12,9 @@
 #include "runtime.h"
 #include "weight_memory.h"
 
+#define IL_ISA packing  // a block's values take the same code here as in an embedding
+#include "elementwise_blocks.h"
+
 namespace interlace {
 namespace {
 
@@ -146,51 +149,84 @@ void pack_words(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int6
 
 // Symmetric, 127 steps each way, per row.
 template <int32_t FORMAT>
-void pack_int8(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+void pack_int8_row(const Panel &panel, int64_t row, const uint8_t *from, int64_t in) {
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  std::memset(panel.values, 0x80, panel_bytes(IL_FMT_INT8, panel.strips, in).values);  // zeros
-  for (int64_t row = 0; row < panel.rows; ++row) {
-    const uint8_t *from = rows + row * row_bytes;
-    float largest = 0;
-    for (int64_t k = 0; k < in; ++k) largest = std::max(largest, std::fabs(value_at<FORMAT>(from, k)));
-    const float scale = largest / 127.0f;
-    const float inverse = scale > std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
-    reinterpret_cast<float *>(panel.scales)[row] = scale;
-    for (int64_t k = 0; k < in; k += 4) {
-      const int64_t strip = k / BLOCK * panel.strips + row / STRIP;
-      uint8_t *to = panel.values + ((strip * 8 + k % BLOCK / 4) * STRIP + row % STRIP) * 4;
-      for (int64_t at = 0; at < std::min<int64_t>(4, in - k); ++at) {
-        const float rounded = value_at<FORMAT>(from, k + at) * inverse + (ROUND + 128.0f);
-        uint32_t bits;
-        std::memcpy(&bits, &rounded, 4);
-        to[at] = static_cast<uint8_t>(bits & 0xff);
-      }
+  float largest = 0;
+  for (int64_t k = 0; k < in; ++k) largest = std::max(largest, std::fabs(value_at<FORMAT>(from, k)));
+  const float scale = largest / 127.0f;
+  const float inverse = scale > std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
+  reinterpret_cast<float *>(panel.scales)[row] = scale;
+  for (int64_t k = 0; k < in; k += 4) {
+    const int64_t strip = k / BLOCK * panel.strips + row / STRIP;
+    uint8_t *to = panel.values + ((strip * 8 + k % BLOCK / 4) * STRIP + row % STRIP) * 4;
+    for (int64_t at = 0; at < std::min<int64_t>(4, in - k); ++at) {
+      const float rounded = value_at<FORMAT>(from, k + at) * inverse + (ROUND + 128.0f);
+      uint32_t bits;
+      std::memcpy(&bits, &rounded, 4);
+      to[at] = static_cast<uint8_t>(bits & 0xff);
     }
   }
 }
 
-template <int32_t FORMAT>
-void pack_floats(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
-  if (panel.format == IL_FMT_INT8)
-    pack_int8<FORMAT>(panel, rows, row_bytes, in);
-  else
-    pack_words<FORMAT>(panel, rows, row_bytes, in);
+void clear_int8(const Panel &panel, int64_t in) {
+  std::memset(panel.values, 0x80, panel_bytes(IL_FMT_INT8, panel.strips, in).values);
 }
 
-void pack_panel(const Panel &panel, const il_part &part, int64_t first, int64_t in) {
+template <int32_t FORMAT>
+void pack_floats(const Panel &panel, const uint8_t *rows, int64_t row_bytes, int64_t in) {
+  if (panel.format != IL_FMT_INT8) return pack_words<FORMAT>(panel, rows, row_bytes, in);
+  clear_int8(panel, in);
+  for (int64_t row = 0; row < panel.rows; ++row) pack_int8_row<FORMAT>(panel, row, rows + row * row_bytes, in);
+}
+
+// ── blocks that are not kept ────────────────────────────────────────────────────────────────────────────────────
+
+// `count` values of a row, from `first` on: both whole blocks.
+void decode(const packing::BlockFormat &format, const uint8_t *row, int64_t first, int64_t count, float *values) {
+  const uint8_t *block = row + first / format.values * format.bytes;
+  for (int64_t at = 0; at < count; at += format.values, block += format.bytes) format.decode(block, values + at);
+}
+
+// Through some values in float32 at a time, that stay in the processor's cache.
+void pack_decoded(const Panel &panel, int32_t format, const uint8_t *rows, int64_t row_bytes, int64_t in,
+                  uint8_t *scratch) {
+  static_assert(Thread::SCRATCH_BYTES >= MAX_IN * 4, "a row in float32");
+  const packing::BlockFormat blocks = packing::block_format(format);
+  float *values = reinterpret_cast<float *>(scratch);
+  if (panel.format == IL_FMT_INT8) {
+    clear_int8(panel, in);
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      decode(blocks, rows + row * row_bytes, 0, in, values);
+      pack_int8_row<IL_FMT_F32>(panel, row, scratch, in);
+    }
+    return;
+  }
+  for (int64_t first = 0; first < in; first += SUPER_BLOCK) {
+    const int64_t count = std::min<int64_t>(SUPER_BLOCK, in - first);
+    for (int64_t row = 0; row < panel.rows; ++row)
+      decode(blocks, rows + row * row_bytes, first, count, values + row * SUPER_BLOCK);
+    Panel piece = panel;
+    piece.values += panel_bytes(panel.format, panel.strips, first).values;
+    pack_words<IL_FMT_F32>(piece, scratch, SUPER_BLOCK * sizeof(float), count);
+  }
+}
+
+bool is_float(int32_t format) { return format == IL_FMT_F32 || format == IL_FMT_F16 || format == IL_FMT_BF16; }
+
+void pack_panel(const Panel &panel, const il_part &part, int64_t first, int64_t in, uint8_t *scratch) {
   const uint8_t *rows = static_cast<const uint8_t *>(part.data) + first * part.row_bytes;
   if (part.format == IL_FMT_F32) return pack_floats<IL_FMT_F32>(panel, rows, part.row_bytes, in);
   if (part.format == IL_FMT_F16) return pack_floats<IL_FMT_F16>(panel, rows, part.row_bytes, in);
   if (part.format == IL_FMT_BF16) return pack_floats<IL_FMT_BF16>(panel, rows, part.row_bytes, in);
+  if (panel.format != part.format) return pack_decoded(panel, part.format, rows, part.row_bytes, in, scratch);
   pack_blocks(panel, *find_block_format(part.format), rows, part.row_bytes, in / BLOCK);
 }
 
 // ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-bool is_float(int32_t format) { return format == IL_FMT_F32 || format == IL_FMT_F16 || format == IL_FMT_BF16; }
-
 // What keeps the parts from being packed, written to `error`; false if nothing does.
-bool refuse(const il_part *parts, int64_t num_parts, int64_t in, int32_t keep, char *error, int64_t size) {
+bool refuse(const il_part *parts, int64_t num_parts, int64_t in, int32_t keep, bool decode_blocks, char *error,
+            int64_t size) {
   if (in < 1 || in > MAX_IN) {
     std::snprintf(error, size, "%lld inputs; 1 to %lld are possible", (long long)in, (long long)MAX_IN);
     return true;
@@ -198,7 +234,8 @@ bool refuse(const il_part *parts, int64_t num_parts, int64_t in, int32_t keep, c
   for (int64_t at = 0; at < num_parts; ++at) {
     const int32_t format = parts[at].format;
     const BlockFormat *blocks = find_block_format(format);
-    if (is_float(format) && keep != IL_FMT_F32 && keep != IL_FMT_BF16 && keep != IL_FMT_INT8)
+    const bool converts = is_float(format) || decode_blocks;
+    if (converts && keep != IL_FMT_F32 && keep != IL_FMT_BF16 && keep != IL_FMT_INT8)
       std::snprintf(error, size, "floating weights cannot be kept in format %d", keep);
     else if (!is_float(format) && (blocks == nullptr || format == IL_FMT_INT8))
       std::snprintf(error, size, "format %d is not known", format);
@@ -225,7 +262,7 @@ void pack_some(void *context, Thread &thread) {
   const Job &job = *static_cast<Job *>(context);
   for (int64_t at; (at = thread.claim()) < job.linear->num_panels;) {
     const Source &source = (*job.sources)[at];
-    pack_panel(job.linear->panels[at], *source.part, source.first, job.linear->in);
+    pack_panel(job.linear->panels[at], *source.part, source.first, job.linear->in, thread.scratch);
   }
 }
 
@@ -246,9 +283,9 @@ bool reserve(PackedLinear &linear) {
 }
 
 void plan(PackedLinear &linear, std::vector<Source> &sources, const il_part *parts, int64_t num_parts, int32_t keep,
-          int32_t float_strips) {
+          bool decode_blocks, int32_t float_strips) {
   for (int64_t at = 0; at < num_parts; ++at) {
-    const int32_t format = is_float(parts[at].format) ? keep : parts[at].format;
+    const int32_t format = is_float(parts[at].format) || decode_blocks ? keep : parts[at].format;
     const bool plain = is_float(format);
     const int64_t most = (plain ? float_strips : BLOCK_STRIPS) * STRIP;
     (plain ? (format == IL_FMT_F32 ? linear.has_f32 : linear.has_bf16) : linear.has_blocks) = true;
@@ -273,12 +310,12 @@ using namespace interlace;
 extern "C" {
 
 il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num_parts, int64_t in, int32_t keep,
-                          const float *bias, char *error, int64_t error_size) {
-  if (refuse(parts, num_parts, in, keep, error, error_size)) return nullptr;
+                          int32_t decode_blocks, const float *bias, char *error, int64_t error_size) {
+  if (refuse(parts, num_parts, in, keep, decode_blocks, error, error_size)) return nullptr;
   auto linear = std::make_unique<PackedLinear>();
   std::vector<Source> sources;
   linear->in = in;
-  plan(*linear, sources, parts, num_parts, keep, isa_of(runtime).float_strips);
+  plan(*linear, sources, parts, num_parts, keep, decode_blocks, isa_of(runtime).float_strips);
   if (!reserve(*linear)) {
     std::snprintf(error, error_size, "no memory for %lld bytes of weights", (long long)linear->bytes);
     return nullptr;

@@ -12,7 +12,7 @@
 extern "C" {
 
 // Grows when a structure or an op changes its meaning; library.py refuses another one.
-#define IL_ABI 2
+#define IL_ABI 3
 
 // Types of activations and plain weights.
 enum il_dtype : int32_t { IL_F32 = 0, IL_BF16 = 1 };
@@ -119,10 +119,10 @@ struct il_part {
 struct il_linear;
 
 // Pack the parts' rows, in order, as one weight [sum of rows, in]. `keep`: il_format to keep floating parts in (IL_FMT_F32,
-// IL_FMT_BF16, IL_FMT_INT8); parts in block formats are kept as they are if `keep` is -1, else converted. `bias`: [out] float32
+// IL_FMT_BF16, IL_FMT_INT8), and those in blocks as well if `decode_blocks`; else these stay blocks. `bias`: [out] float32
 // or NULL. NULL if a format is not known to this instruction set or `in` is no multiple of its block; `error` then says why.
 il_linear *il_linear_pack(il_runtime *runtime, const il_part *parts, int64_t num_parts, int64_t in, int32_t keep,
-                          const float *bias, char *error, int64_t error_size);
+                          int32_t decode_blocks, const float *bias, char *error, int64_t error_size);
 void il_linear_free(il_linear *linear);
 int64_t il_linear_bytes(const il_linear *linear);
 // Whether a gate can be part of the product: panels of the first half of the outputs lie as those of the second half do.

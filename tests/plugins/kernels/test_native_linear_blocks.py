@@ -158,6 +158,26 @@ def test_formats_without_a_kernel_are_decoded(dtype):
     assert (error <= 4e-2 * scale_of(x, values)).all()
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "float32"])
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_blocks_that_are_not_kept_are_packed_as_decoded_values_are(isa, name, weights):
+    """Bit for bit, without the decoded values ever being in memory as a whole. Several parts, some of them of formats
+    that the kernels do not know, rows that do not fill a panel, inputs that do not fill a block of 256."""
+    spec = KernelSpec("float32" if weights == "float32" else "bfloat16", "cpu", weights)
+    kernels = NativeKernels(NativeKernels.Options(isa=isa), spec)
+    size = 768 if name.endswith("K") else 352
+    parts = [make(name, 70, size, 1), make("Q8_0", 33, size, 2), make(name, 1, size, 3)]
+    parts.append(BlockWeight("OWN", (1, size), parts[2].data, parts[2].decode))
+    bias = torch.randn(105, generator=torch.Generator().manual_seed(6))
+    together = kernels.make_block_linear(parts, bias)
+    values = torch.cat([part.dequantize(spec.decoded_dtype) for part in parts])
+    alone = kernels.make_linear(values, bias)
+    x = torch.randn(9, size, generator=torch.Generator().manual_seed(7)).to(getattr(torch, spec.dtype))
+    assert torch.equal(together(x), alone(x))
+    head, plain = kernels.make_head(parts), kernels.make_head(values)
+    assert torch.equal(head(x), plain(x))
+
+
 def test_packed_bytes(isa):
     """Blocks are hardly made larger: a byte for each scale of a K format that has six bits in the file."""
     for name in BLOCKS:
