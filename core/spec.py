@@ -181,6 +181,9 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which of `num_replicas` equal engines this is. Their `threads`, `cache` and `device` are already what
     `interlace.engine.sharing` dealt to each."""
     num_replicas: int = 1
+    part: int = 0
+    """Which of `num_parts` equal parts of this machine's processors is this engine's, where it binds itself to some."""
+    num_parts: int = 1
 
     def open_checkpoint(self) -> Checkpoint:
         """The checkpoint, for its tokenizer (in the front) or its weights (in a worker)."""

@@ -15,7 +15,8 @@ logger = logging.getLogger("interlace.engine")
 def share_machine(spec: ResolvedSpec, count: int, num_gpus: int | None = None) -> list[ResolvedSpec]:
     """One spec for each of `count` replicas on this machine.
 
-    On CPU each gets an equal part of the threads (at least one). Replicas on one device, as all are on CPU, share its
+    On CPU each gets an equal part of the threads (at least one); processors that executors bind to are dealt by them,
+    as `part` and `num_parts` say. Replicas on one device, as all are on CPU, share its
     KV cache memory: `cache.memory` is a device's. GPUs are dealt in turns where `device` names none, as many to a
     replica as its executor has ranks (its options `tensor_parallel` and `pipeline_parallel`). `num_gpus`: how many
     there are, asked of torch by default."""
@@ -30,11 +31,10 @@ def share_machine(spec: ResolvedSpec, count: int, num_gpus: int | None = None) -
             memory_bytes=None if memory is None else memory // sharers,
             memory_share=spec.cache.memory_share / sharers,
         )
-        specs.append(
-            msgspec.structs.replace(
-                spec, replica=index, num_replicas=count, device=devices[index], threads=threads[index], cache=cache
-            )
+        shared = msgspec.structs.replace(
+            spec, part=index, num_parts=count, device=devices[index], threads=threads[index], cache=cache
         )
+        specs.append(msgspec.structs.replace(shared, replica=index, num_replicas=count))
     return specs
 
 

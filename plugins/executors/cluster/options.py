@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from interlace.errors import ConfigError
-from interlace.plugins.executors.ranks.options import RankOptions
+from interlace.plugins.executors.ranks.options import RankOptions, threads_of
 
 if TYPE_CHECKING:
     from interlace.spec import ResolvedSpec
@@ -48,6 +48,11 @@ class RayOptions(RankOptions):
             self._check_length("devices", len(self.devices))
         if self.cores and self.cores != ["auto"]:
             self._check_length("cores", len(self.cores))
+        if self.cores and spec.num_replicas > 1:
+            raise ConfigError(
+                f"executor option cores with engine.replicas = {spec.num_replicas}: ranks of several replicas may be "
+                "on one node, where none knows of the others'. Leave cores empty"
+            )
         kinds = sorted({device.partition(":")[0] for device in self.devices})
         if len(kinds) > 1:
             raise ConfigError(
@@ -79,7 +84,7 @@ class RayOptions(RankOptions):
         elif self.cores:
             cores = parse_cores(self.cores[rank])
         device = self.device(spec)
-        share = 0 if cores else max(1, plan_threads(spec.threads).count // count)
+        share = threads_of(spec, max(1, plan_threads(spec.threads).count // count), cores)
         details: dict[str, Any] = {
             "device": device,
             "sharers": 1 if device.startswith("cuda") else count,

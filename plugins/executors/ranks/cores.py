@@ -31,16 +31,19 @@ def parse_cores(text: str, allowed: set[int] | None = None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def deal_cores(num_ranks: int, allowed: set[int] | None = None, topology: Path = _TOPOLOGY) -> list[tuple[int, ...]]:
+def deal_cores(
+    num_ranks: int, allowed: set[int] | None = None, topology: Path = _TOPOLOGY, *, num_replicas: int = 1
+) -> list[tuple[int, ...]]:
     """The allowed processors, dealt to ranks core by core: neighbours stay together, hardware threads of a core are not
-    separated. Raises `ConfigError` if there are fewer cores than ranks."""
+    separated. Raises `ConfigError` if there are fewer cores than ranks, which are those of `num_replicas` engines."""
     allowed = os.sched_getaffinity(0) if allowed is None else allowed
     cores: dict[str, list[int]] = {}
     for processor in sorted(allowed):
         cores.setdefault(_core(processor, topology), []).append(processor)
     if len(cores) < num_ranks:
         raise ConfigError(
-            f"executor option cores = ['auto'] needs a core for each of {num_ranks} ranks; this process may use "
+            f"executor option cores = ['auto'] needs a core for each of {num_ranks} ranks"
+            f"{f' (of engine.replicas = {num_replicas})' if num_replicas > 1 else ''}; this process may use "
             f"{len(cores)}. Use fewer ranks, or leave cores empty"
         )
     groups = list(cores.values())

@@ -39,8 +39,8 @@ class RankOptions(BaseModel):
     )
     cores: list[str] = Field(
         default=[],
-        description="Processors each rank is bound to, one entry per rank, such as `0-3`; or `auto` alone: an equal "
-        "share each. Empty: not bound.",
+        description="Processors each rank is bound to, one entry per rank (with `engine.replicas`: first those of "
+        "replica 0, then of 1, …), such as `0-3`; or `auto` alone: an equal share each. Empty: not bound.",
     )
     all_reduce: Literal["auto", "gloo", "shared_memory"] = Field(
         default="auto",
@@ -67,7 +67,7 @@ class RankOptions(BaseModel):
         from interlace.worker.threads import plan_threads
 
         devices = self._devices(spec.device)
-        cores = self._cores()
+        cores = self._cores(spec)
         threads = plan_threads(spec.threads).count
         if threads < self.world and spec.device == "cpu":
             logger.warning("%d ranks share %d threads: each waits for the others' turns", self.world, threads)
@@ -80,7 +80,7 @@ class RankOptions(BaseModel):
                 num_stages=self.pipeline_parallel,
                 device=devices[rank],
                 sharers=devices.count(devices[rank]),
-                threads=self.threads_per_rank or (0 if cores[rank] else share),
+                threads=self.threads_per_rank or threads_of(spec, share, cores[rank]),
                 cores=cores[rank],
             )
             for rank in range(self.world)
@@ -103,17 +103,33 @@ class RankOptions(BaseModel):
             return [f"cuda:{first + rank}" for rank in range(self.world)]
         return [device] * self.world
 
-    def _cores(self) -> list[tuple[int, ...]]:
+    def _cores(self, spec: ResolvedSpec) -> list[tuple[int, ...]]:
+        """Of all engines on this machine, those of this one."""
         if not self.cores:
             return [()] * self.world
+        parts = spec.num_parts
         if self.cores == ["auto"]:
-            return deal_cores(self.world)
-        self._check_length("cores", len(self.cores))
-        return [parse_cores(text) for text in self.cores]
+            cores = deal_cores(parts * self.world, num_replicas=parts)
+        else:
+            self._check_length("cores", len(self.cores), parts)
+            cores = [parse_cores(text) for text in self.cores]
+        return cores[spec.part * self.world :][: self.world]
 
-    def _check_length(self, option: str, length: int) -> None:
-        if length != self.world:
+    def _check_length(self, option: str, length: int, num_replicas: int = 1) -> None:
+        if length != self.world * num_replicas:
+            replicas = f" x engine.replicas = {num_replicas}" if num_replicas > 1 else ""
             raise ConfigError(
-                f"executor option {option} has {length} entries for {self.world} ranks (tensor_parallel = "
-                f"{self.tensor_parallel} x pipeline_parallel = {self.pipeline_parallel}); give one per rank, or none"
+                f"executor option {option} has {length} entries for {self.world * num_replicas} ranks (tensor_parallel "
+                f"= {self.tensor_parallel} x pipeline_parallel = {self.pipeline_parallel}{replicas}); give one per "
+                "rank, or none"
             )
+
+
+def threads_of(spec: ResolvedSpec, share: int, cores: tuple[int, ...]) -> int:
+    """`Place.threads` of a rank that gets `share` of the threads: no more of them than it has `cores`, if it is bound;
+    0, as many as these are, where no number is set."""
+    from interlace.worker.threads import default_threads
+
+    if not cores:
+        return share
+    return min(share, default_threads(set(cores), None).count) if spec.threads else 0

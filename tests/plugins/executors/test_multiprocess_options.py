@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
 from pydantic import ValidationError
 
+from interlace.engine.sharing import share_machine
 from interlace.errors import ConfigError
+from interlace.plugins.executors.cluster.options import RayOptions
 from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
 from interlace.plugins.executors.ranks.options import RankOptions
 from interlace.testing.executor import scripted_spec
@@ -83,6 +86,47 @@ def test_cores_are_dealt_whole(tmp_path):
         deal_cores(3, {1, 5, 2}, tmp_path)
 
 
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(deal_cores, "__defaults__", (None, Path("/nowhere")))
+
+
+def of_each_replica(count, **options):
+    """What each of so many replicas on one machine binds its ranks to."""
+    spec = msgspec.structs.replace(scripted_spec("none:None"), device="cpu", threads=8)
+    return [
+        [(place.cores, place.threads) for place in RankOptions(**options).places(one)]
+        for one in share_machine(spec, count)
+    ]
+
+
+def test_replicas_on_one_machine_share_its_cores(eight_cores):
+    assert of_each_replica(2, cores="auto", tensor_parallel=2) == [
+        [((0, 1), 2), ((2, 3), 2)],
+        [((4, 5), 2), ((6, 7), 2)],
+    ]
+    assert of_each_replica(3, cores="auto") == [[((0, 1), 2)], [((2, 3, 4), 3)], [((5, 6, 7), 3)]]
+    assert of_each_replica(2, cores=["0-1", "2-3", "4", "6"], pipeline_parallel=2) == [
+        [((0, 1), 2), ((2, 3), 2)],
+        [((4,), 1), ((6,), 1)],
+    ]
+    assert of_each_replica(2, tensor_parallel=2) == [[((), 2), ((), 2)]] * 2, "not bound"
+    with pytest.raises(
+        ConfigError, match=r"a core for each of 9 ranks \(of engine.replicas = 3\); this process may use 8"
+    ):
+        of_each_replica(3, cores="auto", tensor_parallel=3)
+    with pytest.raises(ConfigError, match=r"cores has 2 entries for 4 ranks .* x engine.replicas = 2\)"):
+        of_each_replica(2, cores=["0-3", "4-7"], tensor_parallel=2)
+
+
+def test_replicas_of_ray_are_not_bound(eight_cores):
+    spec = msgspec.structs.replace(scripted_spec("none:None"), num_replicas=2)
+    with pytest.raises(ConfigError, match=r"cores with engine\.replicas = 2: ranks of several"):
+        RayOptions(cores="auto").check(spec)
+    RayOptions(cores="auto").check(msgspec.structs.replace(spec, num_replicas=1))
+
+
 def test_one_word_is_a_list_of_one():
     assert RankOptions(cores="auto").cores == ["auto"]
     assert RankOptions(cores=["0-3", "4-7"]).cores == ["0-3", "4-7"]
@@ -90,7 +134,11 @@ def test_one_word_is_a_list_of_one():
 
 def test_bound_ranks_take_their_processors_threads():
     mine = sorted(os.sched_getaffinity(0))
-    (place,) = places(cores=[str(mine[0])])
+    (place,) = places(cores=[str(mine[0])], threads=0)
     assert (place.cores, place.threads) == ((mine[0],), 0), "as many threads as the worker finds for its processors"
+    (place,) = places(cores=[str(mine[0])], threads=8)
+    assert place.threads == 1, "no more than it has cores"
+    (place,) = places(cores=[str(mine[0])], threads=8, threads_per_rank=3)
+    assert place.threads == 3, "unless told so"
     with pytest.raises(ConfigError, match="cores has 1 entries for 2 ranks"):
         places(tensor_parallel=2, cores=["0"])
