@@ -122,7 +122,8 @@ class CausalLM(Model):
         if config.tie_word_embeddings:
             self._weights.ignore("lm_head.weight")  # some checkpoints ship the tied weight twice
             weights, tied = self._weights.at("model").at("embed_tokens"), self._embedding
-        return VocabParallelHead(build, weights, config.vocab_size, config.hidden_size, tied)
+        elsewhere = config.tie_word_embeddings and tied is None
+        return VocabParallelHead(build, weights, config.vocab_size, config.hidden_size, tied, elsewhere)
 
     @abstractmethod
     def build_layers(

@@ -57,7 +57,8 @@ class VocabParallelHead:
     """hidden [rows, hidden] -> logits [rows, vocab] in float32, the same on every rank.
 
     With `tied`, the head uses the embedding's weight (kernels may keep a packed copy of it) and needs no tensor of
-    its own; otherwise it expects `weight`.
+    its own; otherwise it expects `weight`. `is_embedding`: that is the embedding's, which another stage holds; it is
+    rounded to the compute type first, as there.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class VocabParallelHead:
         vocab_size: int,
         hidden_size: int,
         tied: VocabParallelEmbedding | None = None,
+        is_embedding: bool = False,
     ) -> None:
         self._build = build
+        self._dtype = build.dtype if is_embedding else None
         self._vocab_size = vocab_size
         self._tied = tied
         self._run: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -87,7 +90,7 @@ class VocabParallelHead:
             self._make(part.pad(rows).to(self._build.device))
         else:
             padded = torch.cat((part, part.new_zeros(rows - part.shape[0], part.shape[1])))
-            self._make(padded.to(self._build.device))
+            self._make(padded.to(self._build.device, self._dtype))
 
     def _make(self, weight: torch.Tensor | BlockWeight) -> None:
         self._run = self._build.kernels.make_head(weight if isinstance(weight, torch.Tensor) else [weight])

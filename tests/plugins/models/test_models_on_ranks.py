@@ -1,7 +1,7 @@
 """Every architecture and every form of weights on several ranks: greedy tokens and logits are those of one rank.
 
-The ranks are threads of one process. Between one and several only sums are rounded in another order, so a difference is
-admitted only where one rank's two best logits lie within `TIE`."""
+The ranks are threads of one process. Where they gather, all bits are those of one rank. Where they sum, sums are rounded
+in another order, so a difference is admitted only where one rank's two best logits lie within `TIE`."""
 
 from __future__ import annotations
 
@@ -137,10 +137,26 @@ def test_greedy_tokens_with_native_kernels(weights, layout, tmp_path):
     check_alike(generate(WorkerExecutor(), spec), generate(ranks(*layout), spec))
 
 
-def test_int8_is_the_same_over_stages(tmp_path):
-    """Tensor ranks scale the rows of their own columns, so there only the rounding is alike (see below)."""
-    spec = make_spec(tmp_path, MODELS["llama, tied, biases"], weights="int8")
-    check_alike(generate(WorkerExecutor(), spec), generate(ranks(1, 2), spec))
+EXACT = [
+    {"weights": "int8", "dtype": "float32"},
+    {"weights": "int8", "dtype": "bfloat16"},
+    {"weights": "bf16", "dtype": "float32"},
+    {"weights": "bf16", "dtype": "bfloat16", "deterministic": True},
+    {"dtype": "float32", "deterministic": True},
+]
+EXACT_CASES = [
+    pytest.param(name, layout, EXACT[(i + j) % 5], id=f"{name}-{layout}-{(i + j) % 5}", marks=CASES[6 * i + j].marks)
+    for i, name in enumerate(MODELS)
+    for j, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "settings"), EXACT_CASES)
+def test_tokens_and_their_gaps_have_the_bits_of_one_rank(name, layout, settings, tmp_path):
+    """Where products round their inputs, and wherever `deterministic` is true."""
+    native = {"kernels.use": "native", "attention.use": "native", "cache.block_size": 16}
+    spec = make_spec(tmp_path, MODELS[name], **native, **settings)
+    assert generate(ranks(*layout), spec) == generate(WorkerExecutor(), spec)
 
 
 # ── Forms of weights, by their logits ───────────────────────────────────────────────────────────────────────────────
