@@ -64,10 +64,13 @@ class ProcessClient(CommandClient):
         try:
             self._send_setup()
             self._thread.start()
-            return ready.result()
+            info = ready.result()
         except BaseException:
             self.shutdown()
             raise
+        if self._link.place:
+            logger.info("%s has started (pid %d)", self._name, self._link.pid)
+        return info
 
     def _send_setup(self) -> None:
         """Tell the engine what it is to run; if it is gone already, `_receive` will say so."""

@@ -28,5 +28,6 @@ def interlace_executors() -> Iterable[Provider]:
             target="interlace.plugins.executors.ray:RayExecutor",
             summary="a Ray actor per rank: tensor and pipeline parallelism on one machine or several",
             api="1",
+            host="interlace.plugins.executors.cluster.engine_link:ray_host",
         ),
     )

@@ -28,11 +28,38 @@ LAST_WORDS_S = 10.0
 """How long the executor is given to hear why a rank ends."""
 
 
-class RankActor:
-    """`open`, then `serve`, which returns when the executor has gone. Both run in the main thread of the actor.
+class Listening:
+    """An actor that waits for one connection with the key, which is that of whoever it works for. Each later one is
+    told what the threads are doing, and closed: that is asked when nothing else is answered."""
 
-    The first connection with the key is the executor's. Each later one is told what the threads are doing, and closed:
-    the executor asks when a step does not end."""
+    def _listen(self, store_port: int = 0) -> bytes:
+        """Listen on this node's address; an encoded `Seat`."""
+        import ray
+
+        self._listener = Listener(ray.util.get_node_ip_address())
+        seat = Seat(
+            host=self._listener.host,
+            port=self._listener.port,
+            key=self._listener.key,
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            store_port=store_port,
+        )
+        return msgspec.msgpack.encode(seat)
+
+    def _accept(self, timeout_s: float) -> socket.socket:
+        connection = self._listener.accept(timeout_s)
+        threading.Thread(target=self._tell_stacks, name="interlace-stacks", daemon=True).start()
+        return connection
+
+    def _tell_stacks(self) -> None:
+        while True:
+            with self._listener.accept(None) as connection, contextlib.suppress(OSError):
+                connection.sendall(_describe_threads().encode())
+
+
+class RankActor(Listening):
+    """`open`, then `serve`, which returns when the executor has gone. Both run in the main thread of the actor."""
 
     def __init__(self) -> None:
         self._store: Any = None
@@ -42,27 +69,17 @@ class RankActor:
         import ray
 
         host = ray.util.get_node_ip_address()
-        self._listener = Listener(host)
         if serves_store:
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
             self._store = TCPStore(host, 0, num_ranks, True, wait_for_workers=False)
-        seat = Seat(
-            host=host,
-            port=self._listener.port,
-            key=self._listener.key,
-            pid=os.getpid(),
-            node_id=ray.get_runtime_context().get_node_id(),
-            store_port=self._store.port if serves_store else 0,
-        )
-        return msgspec.msgpack.encode(seat)
+        return self._listen(self._store.port if serves_store else 0)
 
     def serve(self, setup: bytes) -> None:
         """Carry out what the executor says until it closes the connection. What goes wrong is said there."""
         told = msgspec.msgpack.decode(setup, type=RankSetup)
         options = RayOptions(**told.options)
-        connection = self._listener.accept(options.start_timeout_s)
-        threading.Thread(target=self._tell_stacks, name="interlace-stacks", daemon=True).start()
+        connection = self._accept(options.start_timeout_s)
         channel = Channel(os.dup(connection.fileno()))
         # What all ranks have to say alike is heard from the first one.
         level = told.log_level if told.rank == 0 else max(told.log_level, logging.ERROR)
@@ -102,11 +119,6 @@ class RankActor:
                     gc.enable()
         finally:
             runner.shutdown()
-
-    def _tell_stacks(self) -> None:
-        while True:
-            with self._listener.accept(None) as connection, contextlib.suppress(OSError):
-                connection.sendall(_describe_threads().encode())
 
 
 def _describe_threads() -> str:

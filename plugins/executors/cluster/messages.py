@@ -1,4 +1,5 @@
-"""What the executor and the launcher say to each other: msgpack of these types over a socket pair.
+"""What the executor, or an engine's front, and the launcher say to each other: msgpack of these types over a socket
+pair.
 
 `Launch` is first. It is answered by `Placed` or `Refused`. Later the executor may ask `Why` a rank is gone; the
 launcher says `Gone` as soon as Ray knows, asked or not. The end of the executor's side of the socket ends everything.
@@ -23,6 +24,8 @@ class Launch(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     folder: str
     """Where a cluster of our own keeps its files; empty where there is one to connect to."""
     log_level: int
+    whole_engine: bool = False
+    """Place one engine with all its ranks, not the ranks of an engine that is here."""
 
 
 class Why(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +67,14 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True):
     """Which of the ranks on its node it is."""
     num_on_node: int
     log_level: int
+
+
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is told before its front connects."""
+
+    sharers: int
+    """How many engines are reckoned to be on its node."""
+    start_timeout_s: float
 
 
 class Placed(msgspec.Struct, frozen=True, tag=True):

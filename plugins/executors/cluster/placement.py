@@ -22,14 +22,15 @@ MEANING = {
 
 
 class Room:
-    """A placement group with a bundle per rank."""
+    """A placement group with a bundle for each of some actors."""
 
-    def __init__(self, options: RayOptions, bundle: dict[str, float]) -> None:
-        """Reserve it. Raises `CapacityError` saying what was asked for and what there is."""
-        self.group = placement_group([bundle] * options.world, strategy=options.placement.upper())
+    def __init__(self, whom: str, each: str, count: int, bundle: dict[str, float], options: RayOptions) -> None:
+        """Reserve `count` bundles, for `whom`, who consists of that many of `each`. Raises `CapacityError` saying what
+        was asked for and what there is."""
+        self.group = placement_group([bundle] * count, strategy=options.placement.upper())
         try:
             if not self.group.wait(options.placement_timeout_s):
-                raise CapacityError(_no_room(options, bundle))
+                raise CapacityError(_no_room(whom, each, bundle, options))
             self.bundles = self._order()
         except BaseException:
             self.free()
@@ -58,17 +59,23 @@ def deal_seats(node_ids: list[str]) -> list[tuple[int, int]]:
     return dealt
 
 
-def _no_room(options: RayOptions, bundle: dict[str, float]) -> str:
+def count_nodes(bundle: dict[str, float]) -> int:
+    """On how many nodes there is as much as `bundle`, whoever has it now."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes)
+
+
+def _no_room(whom: str, each: str, bundle: dict[str, float], options: RayOptions) -> str:
     asked = " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
+    asked += f" per {each}, {MEANING[options.placement]} (placement = '{options.placement}')" if each == "rank" else ""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     there = "; ".join(f"{node['NodeManagerAddress']}: {_amounts(node['Resources'], bundle)}" for node in nodes)
     free = _amounts(ray.available_resources(), bundle)
-    ranks = f"{options.world} ranks" if options.world > 1 else "the rank"
+    where = "" if each == "rank" else " on one node"
     return (
-        f"the Ray cluster has no room for {ranks} (tensor_parallel = {options.tensor_parallel} x pipeline_parallel = "
-        f"{options.pipeline_parallel}): asked for {asked} per rank, {MEANING[options.placement]} (placement = "
-        f"'{options.placement}'), not given within placement_timeout_s = {options.placement_timeout_s:g} s. Nodes: "
-        f"{there or 'none'}; free in all: {free}. Add nodes, end what uses them, or ask for fewer ranks"
+        f"the Ray cluster has no room for {whom}: asked for {asked}{where}, not given within placement_timeout_s = "
+        f"{options.placement_timeout_s:g} s. Nodes: {there or 'none'}; free in all: {free}. Add nodes, end what uses "
+        f"them, or ask for {'fewer ranks' if each == 'rank' else 'less'}"
     )
 
 
