@@ -1,7 +1,7 @@
 """Every architecture and every form of weights on several ranks: greedy tokens and logits are those of one rank.
 
-The ranks are threads of one process. Where they gather, all bits are those of one rank. Where they sum, sums are rounded
-in another order, so a difference is admitted only where one rank's two best logits lie within `TIE`."""
+The ranks are threads of one process. Where they gather, all bits are those of one rank. Where they sum, values are
+rounded in another order, so a difference is admitted only where one rank's two best logits lie within `TIE`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 
 from interlace.config import load_settings
 from interlace.errors import ConfigError
+from interlace.interfaces.kernels import Kernels
 from interlace.interfaces.weights import BlockWeight
 from interlace.model_config import ModelConfig
 from interlace.plugin_manager import PluginManager
-from interlace.plugins.attention.torch import TorchAttention
+from interlace.plugins.attention.native import NativeAttention
 from interlace.plugins.checkpoints.gguf_blocks import FORMATS, decode
 from interlace.plugins.kernels.native import NativeKernels
 from interlace.plugins.models.llama import LlamaForCausalLM
@@ -216,8 +217,8 @@ def blocked_weights(form):
     yield "lm_head.weight", block_weight(form, 67, 256, generator)
 
 
-class CountingKernels(NativeKernels):
-    """Knows how its weights are kept."""
+class Counts(Kernels):
+    """Kernels that know how their weights are kept."""
 
     made: dict[str, int]
 
@@ -234,26 +235,38 @@ class CountingKernels(NativeKernels):
         made[what] = made.get(what, 0) + 1
 
 
-FLIPS = 5e-3
-"""Relative error of a logit where activations are rounded (to bfloat16, to 8 bits): sums in another order turn some of
-these roundings over."""
+class RoundingKernels(Counts, NativeKernels):
+    """Multiply blocks with activations in 8 bits: ranks gather."""
+
+
+class ExactBlocks(Kernels):
+    def make_block_linear(self, parts, bias=None):
+        return Kernels(self.options, self.spec).make_block_linear(parts, bias)
+
+
+class ExactKernels(Counts, ExactBlocks):
+    """Take activations as they are: ranks sum, and cut matrices between blocks."""
+
+
 TOKENS = [3, 66, 0, 12, 12, 5, 40, 1, 2, 9, 33]
 
 
-def run_blocked(form, kept, size=1, num_stages=1):
+def run_blocked(form, kept, size=1, num_stages=1, *, gather, dtype="float32"):
     """(logits of a sequence, how the linears of each rank are kept)."""
-    grain = FORMATS[form][0]
 
     def work(rank):
         harness = ModelHarness(
             LlamaForCausalLM,
             BLOCKED,
             blocked_weights(form),
-            attention=TorchAttention,
-            kernels=CountingKernels,
+            attention=NativeAttention,
+            kernels=RoundingKernels if gather else ExactKernels,
+            dtype=dtype,
             kept_weights=kept,
             parallel=rank,
-            grain=grain,
+            grain=1 if gather else FORMATS[form][0],
+            gather=gather,
+            block_size=16,
         )
         layers = harness.model._layers
         return harness.run(TOKENS, chunk=4), layers[0]._mlp._gate_up._build.kernels.made
@@ -266,40 +279,48 @@ def error(logits, exact):
     return ((logits - exact).abs().amax() / exact.abs().amax()).item()
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=() if form in ("Q4_1", "Q6_K") else pytest.mark.slow) for form in FORMATS]
-)
-def test_blocks_stay_blocks_where_ranks_cut_between_them(form):
-    alone, made = run_blocked(form, "as-shipped")
+FORMS = [pytest.param(form, marks=() if form in ("Q4_1", "Q6_K") else pytest.mark.slow) for form in FORMATS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_on_ranks_that_gather_give_the_bits_of_one_rank(form, dtype):
+    """No matrix is cut within its rows, so all stay in blocks, however many ranks there are."""
+    alone, made = run_blocked(form, "as-shipped", gather=True, dtype=dtype)
     assert made == [{"blocks": 8}], "query-key-value, output, gate-up and down of two layers"
-    for layout in ((2, 1), (1, 2), (2, 2)):
-        logits, made = run_blocked(form, "as-shipped", *layout)
+    for layout in ((2, 1), (3, 1), (2, 2)):
+        logits, made = run_blocked(form, "as-shipped", *layout, gather=True, dtype=dtype)
         assert all("values" not in kept for kept in made), made
-        assert error(logits, alone) < FLIPS
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
-def test_blocks_that_must_be_cut_are_decoded_and_nothing_is_lost(form):
-    """Three ranks cut the output projection within blocks of 256."""
-    exact, _ = run_blocked(form, "float32")
-    alone, _ = run_blocked(form, "as-shipped")
-    logits, made = run_blocked(form, "as-shipped", 3)
-    whole = FORMATS[form][0] < 256
-    assert [kept.get("values", 0) for kept in made] == ([0, 0, 0] if whole else [2, 2, 0]), made
-    assert error(logits, alone) < FLIPS if whole else error(logits, exact) < 2 * error(alone, exact)
+        assert torch.equal(logits, alone), layout
 
 
 @pytest.mark.parametrize("kept", ["float32", "bf16", "int8"])
-def test_decoded_forms(kept):
-    exact, _ = run_blocked("Q8_0", "float32")
-    alone, _ = run_blocked("Q8_0", kept)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoded_forms_on_ranks_that_gather_give_the_bits_of_one_rank(kept, dtype):
+    alone, _ = run_blocked("Q8_0", kept, gather=True, dtype=dtype)
     for layout in ((3, 1), (2, 2)):
-        logits, _ = run_blocked("Q8_0", kept, *layout)
-        if kept == "int8":  # a rank's rows are scaled by their own columns: not the same numbers, but as good ones
-            assert error(logits, exact) < 1.5 * error(alone, exact)
-        else:
-            assert error(logits, alone) < (FLIPS if kept == "bf16" else 1e-5)
+        logits, _ = run_blocked("Q8_0", kept, *layout, gather=True, dtype=dtype)
+        assert torch.equal(logits, alone), layout
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_stay_blocks_where_ranks_that_sum_cut_between_them(form):
+    alone, made = run_blocked(form, "as-shipped", gather=False)
+    assert made == [{"blocks": 9}], "query-key-value, output, gate-up and down of two layers, and the head"
+    for layout in ((2, 1), (1, 2), (2, 2)):
+        logits, made = run_blocked(form, "as-shipped", *layout, gather=False)
+        assert all("values" not in kept for kept in made), made
+        assert error(logits, alone) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_that_must_be_cut_are_decoded_and_nothing_is_lost(form):
+    """Three ranks that sum cut the output projection within blocks of 256."""
+    alone, _ = run_blocked(form, "as-shipped", gather=False)
+    logits, made = run_blocked(form, "as-shipped", 3, gather=False)
+    whole = FORMATS[form][0] < 256
+    assert [kept.get("values", 0) for kept in made] == ([0, 0, 0] if whole else [2, 2, 0]), made
+    assert error(logits, alone) < 1e-5
 
 
 # ── What cannot be ──────────────────────────────────────────────────────────────────────────────────────────────────
