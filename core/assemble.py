@@ -95,7 +95,7 @@ def make_replicas(spec: ResolvedSpec, loaded: LoadedSettings, clock: Clock, host
     layout = f"{shares}; router {spec.router.name} ({spec.router.reason})"
     block_size = spec.cache.block_size if spec.cache.prefix_caching else 0
     clients = [supervise(one, engine, clock, host) for one in specs]
-    return Replicas(clients, router, block_size, layout)
+    return Replicas(clients, router, block_size, layout, clock)
 
 
 def supervise(spec: ResolvedSpec, engine: EngineSettings, clock: Clock, host: Host | None = None) -> EngineClient:

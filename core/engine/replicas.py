@@ -10,11 +10,13 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from interlace.clock import Clock
 from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnEvent, OnOutput
 from interlace.engine.guarded_router import GuardedRouter
 from interlace.engine.output_processor import dead_again
@@ -36,10 +38,15 @@ class Replicas(EngineClient):
     """
 
     def __init__(
-        self, clients: Sequence[EngineClient], router: GuardedRouter, block_size: int, layout: str = ""
+        self,
+        clients: Sequence[EngineClient],
+        router: GuardedRouter,
+        block_size: int,
+        layout: str = "",
+        clock: Clock | None = None,
     ) -> None:
         """`clients` are not started. `block_size` is that of the prefix cache, 0 where there is none. `layout` says in
-        the report of the start how the machine is shared."""
+        the report of the start how the machine is shared. The router is watched if there is a `clock`."""
         self._replicas = [Replica(index, client) for index, client in enumerate(clients)]
         self._router = router
         self._block_size = block_size
@@ -47,6 +54,8 @@ class Replicas(EngineClient):
         self._num_routed = 0
         self._last_cause: str | None = None
         self._closing = False
+        self._clock = clock
+        self._watch = ExitStack()
         self._lock = threading.Lock()  # of the books and the router; never held while the front is called
         self._delivery = threading.Lock()  # held while the front is called; `_lock` may be taken within
         for replica in self._replicas:
@@ -57,6 +66,8 @@ class Replicas(EngineClient):
     def start(self, on_output: OnOutput, on_death: OnDeath, on_event: OnEvent | None = None) -> ExecutorInfo:
         """Start all of them side by side; if one cannot start, none is left behind."""
         self._on_output, self._on_death, self._on_event = on_output, on_death, on_event
+        if self._clock is not None:
+            self._watch.enter_context(self._router.watch(self._clock))
         with self._pool() as pool:
             starts = [pool.submit(self._start_one, replica) for replica in self._replicas]
             try:
@@ -79,6 +90,7 @@ class Replicas(EngineClient):
 
     def shutdown(self) -> None:
         gone = EngineDeadError("the engine was shut down")
+        self._watch.close()
         with self._lock:
             self._closing = True
             for replica in self._replicas:
@@ -191,8 +203,7 @@ class Replicas(EngineClient):
         should; never raises."""
         with self._pool() as pool:
             parts = tuple(pool.map(lambda replica: _ask(replica, timeout), self._replicas))
-        with self._lock:
-            complaint, last_cause = self._router.degraded, self._last_cause
+        complaint, last_cause = self._router.degraded, self._last_cause  # without the lock: a stuck router has it
         working = [part for part in parts if part.status in WORKING]
         reasons = [f"replica {index}: {part.reason}" for index, part in enumerate(parts) if part.status != "ok"]
         reasons += [complaint] if complaint else []

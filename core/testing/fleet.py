@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from interlace.clock import Clock
 from interlace.engine.client import EngineClient, EngineHealth, OnDeath, OnEvent, OnOutput
 from interlace.engine.guarded_router import GuardedRouter
 from interlace.engine.replicas import Replicas
@@ -142,10 +143,11 @@ class MortalClient(EngineClient):
 class Fleet:
     """A started `Replicas` over `MortalClient`s, and what became of every request."""
 
-    def __init__(self, router: Router, count: int = 3, name: str = "tested") -> None:
+    def __init__(self, router: Router, count: int = 3, name: str = "tested", clock: Clock | None = None) -> None:
+        """With a `clock` the router is watched."""
         self.clients = [MortalClient() for _ in range(count)]
         self.guard = GuardedRouter(router, name, float)
-        self.replicas = Replicas(self.clients, self.guard, BLOCK_SIZE)
+        self.replicas = Replicas(self.clients, self.guard, BLOCK_SIZE, clock=clock)
         self.outcomes: dict[str, list[str]] = {}
         """Engine request id → finish reasons, or `lost`; one entry for each time its end was told."""
         self.outputs: list[StepOutput] = []

@@ -323,41 +323,6 @@ def test_nor_with_a_router_that_fails_in_every_way(seed):
     assert fleet.guard.degraded is not None
 
 
-def test_the_first_failure_of_a_router_is_logged_and_degrades_health(caplog):
-    class Flaky(Router):
-        def route(self, request, replicas):
-            if int(request.id) % 3:
-                raise RuntimeError("by design")
-            return 0
-
-    fleet = Fleet(Flaky(Router.Options()), 2, name="flaky")
-    for number in range(40):
-        fleet.add(fleet_request(str(number)))
-    warnings = [record for record in caplog.records if "router 'flaky' failed" in record.message]
-    assert len(warnings) == 1 and "RuntimeError: by design" in warnings[0].message and warnings[0].exc_info
-    health = fleet.replicas.health()
-    assert health.status == "degraded" and "the least loaded replica was chosen" in health.reason
-    assert all(part.status == "ok" for part in health.replicas)
-
-
-def test_a_router_that_always_fails_is_replaced(caplog):
-    class Broken(Router):
-        calls = 0
-
-        def route(self, request, replicas):
-            self.calls += 1
-            return "nowhere"
-
-    router = Broken(Router.Options())
-    fleet = Fleet(router, 2, name="broken")
-    for number in range(20):
-        fleet.add(fleet_request(str(number)))
-    assert router.calls == 10
-    assert "router 'broken' was replaced by least_loaded until a restart" in fleet.replicas.health().reason
-    assert sum("router 'broken'" in record.message for record in caplog.records) == 2
-    assert [len(client.waiting) for client in fleet.clients] == [10, 10]
-
-
 def test_the_time_spent_in_the_router_is_accounted():
     times = iter(range(1000))
     fleet = Fleet(First(), 2)
