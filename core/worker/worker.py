@@ -51,6 +51,7 @@ class _Choices(NamedTuple):
     checkpoint: Checkpoint
     kv: KVCacheConfig
     selections: tuple[Selection, ...]
+    threads: int
     began: float
     imported: float
 
@@ -97,6 +98,9 @@ class Worker:
         check_pipeline(spec, model_class, self._parallel)
         attention = plan_attention(spec, model_class, self._parallel)
         kernels, kernel_selections = plan_kernels(spec)
+        # While loading, torch works in pieces too small to share; after each, its other threads would wait for the next
+        # one busily, where native kernels want to pack weights.
+        torch.set_num_threads(1)
         # Sized before loading, so that an impossible cache is an error in a second and not after the weights.
         checkpoint = spec.open_checkpoint()
         needed, how_kept = plan_weights(model_class, spec, kernels, checkpoint, self._parallel)
@@ -105,7 +109,9 @@ class Worker:
         running = Selection("threads", str(threads.count), threads.reason)
         selections = (*attention.selections, *kernel_selections, how_kept, running)
         imported = self._clock.now()
-        self._choices = _Choices(model_class, attention, kernels, checkpoint, kv, selections, began, imported)
+        self._choices = _Choices(
+            model_class, attention, kernels, checkpoint, kv, selections, threads.count, began, imported
+        )
         return kv.num_blocks
 
     def start(self, began: float | None = None, num_blocks: int | None = None) -> ExecutorInfo:
@@ -134,6 +140,7 @@ class Worker:
             self._runner, how_run = self._make_runner(model, layers, kv, chosen)
             selections = (*chosen.selections, how_run)
         else:
+            torch.set_num_threads(chosen.threads)
             kv, selections = self._start_on_device(self._stream, model, kv, chosen)
         warn_if_short(spec, kv)
         graphs = self._runner.graph_seconds if isinstance(self._runner, DeviceRunner) else 0.0
@@ -220,10 +227,10 @@ class Worker:
             tokens, rows = limits.max_num_batched_tokens, limits.max_num_seqs
             program = kernels.compile_step(model, list(layers.values()), tokens, rows)
         if isinstance(program, str):
+            torch.set_num_threads(chosen.threads)
             runner = ModelRunner(model, layers, backends, batch, sampler, now, parallel=self._parallel)
             return runner, Selection("step", "op by op", program)
-        # Nothing heavy is left to torch; its threads would only wait beside ours, and busily.
-        torch.set_num_threads(1)
+        # Nothing heavy is left to torch: it stays at one thread.
         runner = ModelRunner(model, layers, backends, batch, sampler, now, program)
         return runner, Selection("step", "program", program.describe())
 

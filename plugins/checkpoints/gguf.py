@@ -18,7 +18,9 @@ from interlace.plugins.checkpoints.gguf_reader import MAGIC, GgufFile, TensorInf
 from interlace.plugins.checkpoints.gguf_tokenizer import read_eos_token_ids, read_tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from interlace.interfaces.weights import BlockWeight
     from interlace.tokenizer import Tokenizer
@@ -66,10 +68,10 @@ class GgufCheckpoint(Checkpoint):
                         f"{shard.path}: tensor '{name}' has no place in {family.architecture}; "
                         "the file is of a variant that is not supported"
                     )
-                rows = torch.from_numpy(shard.raw(info))  # [rows, bytes]
+                rows = shard.raw(info)  # [rows, bytes]
                 if num_heads := heads.get(name.split(".")[-2]):
                     rows = _undo_permutation(rows, num_heads, f"{shard.path}: tensor '{name}'")
-                yield target, _to_weight(rows, info, family)
+                yield target, _to_weight(torch.from_numpy(rows), info, family)
                 unforgotten += info.nbytes
                 if unforgotten > _MOST_RESIDENT:
                     shard.forget()
@@ -110,14 +112,14 @@ class GgufCheckpoint(Checkpoint):
         return [first if path == self.path else GgufFile(path) for path in paths]
 
 
-def _undo_permutation(rows: torch.Tensor, num_heads: int, where: str) -> torch.Tensor:
+def _undo_permutation(rows: NDArray[np.uint8], num_heads: int, where: str) -> NDArray[np.uint8]:
     """Back to the order of halves: the converter interleaved the two halves of each head's rows (for a rope over
     neighbouring values). Rows stay whole, so this works on packed blocks."""
     if len(rows) == 1:  # a bias: one value per row of the projection
         raise CheckpointError(f"{where}: biases of permuted projections cannot be read; use the safetensors files")
     if len(rows) % (2 * num_heads):
         raise CheckpointError(f"{where}: {len(rows)} rows do not divide into {num_heads} heads")
-    return rows.view(num_heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(num_heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _to_weight(rows: torch.Tensor, info: TensorInfo, family: Family) -> torch.Tensor | BlockWeight:

@@ -36,6 +36,12 @@ def test_garbage_collection_pauses_and_comes_back():
         assert not gc.isenabled()
         raise KeyError
     assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    with paused_gc():
+        made = [[number] for number in range(5000)]
+    young = {id(item) for item in gc.get_objects(generation=0)}
+    assert not young.intersection(map(id, made)), "what stays is looked through at once"
+    assert any(item is made[0] for item in gc.get_objects(generation=2)) and gc.get_freeze_count() <= frozen
     gc.disable()
     try:
         with paused_gc():

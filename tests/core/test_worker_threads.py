@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from interlace.config import load_settings
+from interlace.plugin_manager import PluginManager
+from interlace.resolve import resolve
 from interlace.worker.control_group import cpu_quota, memory_room
 from interlace.worker.threads import ThreadPlan, bind, default_threads, plan_threads
+from interlace.worker.worker import Worker
 
 
 def tree(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -86,3 +92,26 @@ def test_processors_are_bound_only_where_some_are_named(monkeypatch):
     bind(())
     bind((0, 2))
     assert calls == [(0, (0, 2))]
+
+
+@pytest.mark.parametrize(("kernels", "left"), [("torch", 2), ("native", 1)])
+def test_torch_computes_with_threads_where_it_runs_the_steps_only(tmp_path, kernels, left):
+    """While weights are packed by other threads, its own would wait busily beside them."""
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = {"model": str(tmp_path), "checkpoint.use": "dummy", "dtype": "float32", "threads": 2, "max_model_len": 64}
+    given |= {"kernels.use": kernels, "attention.use": kernels, "cache.memory": "1MiB", "executor.use": "uniprocess"}
+    loaded = load_settings(given, env={})
+    loading = []
+    worker = Worker(
+        resolve(loaded, PluginManager(loaded.settings)), lambda event: loading.append(torch.get_num_threads())
+    )
+    before = torch.get_num_threads()
+    try:
+        worker.start()
+        assert set(loading) == {1}
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+        worker.shutdown()
