@@ -49,7 +49,7 @@ class StartupProgress:
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """No garbage collection in the block, and what it made counts as old afterwards. Imports make some two hundred thousand
+    """No garbage collection in the block, and what it made counts as old afterwards. Imports make two hundred thousand
     objects that stay; looking through them again and again for garbage is a sixth of the time that torch takes to
     import, and the next collection, had it to look through them as young ones, would take a tenth of a second."""
     enabled = gc.isenabled()
