@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from interlace.interfaces.weights import BlockWeight
     from interlace.sampling.device import SamplingColumns, SamplingMode
     from interlace.sampling.distribution import Shape
+    from interlace.sampling.logprobs import LogprobColumns
     from interlace.worker.batch import ForwardBatch
 
 OPS = (
@@ -42,10 +43,11 @@ OPS = (
     "argmax",
     "draw",
     "sample",
+    "logprobs",
 )
 """The ops of the contract, in the order they are logged."""
 
-GPU_OPS = frozenset({"sample"})
+GPU_OPS = frozenset({"sample", "logprobs"})
 """Of these, what only steps on a GPU ask for."""
 
 
@@ -107,7 +109,7 @@ class Kernels:
         model_config = ConfigDict(extra="forbid")
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
-        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw", "sample"}
+        {"scale", "make_block_linear", "make_block_embedding", "make_head", "argmax", "draw", "sample", "logprobs"}
     )
     """Ops whose result for a row has the same bits whatever the other rows; of linears, also that for an output
     whatever the other outputs, which other ranks may have. Of the reference: those made of other ops only, and those
@@ -260,7 +262,7 @@ class Kernels:
         return draw_rows(logits, rows, shapes, uniforms)
 
     def sample(self, logits: torch.Tensor, columns: SamplingColumns, mode: SamplingMode) -> torch.Tensor:
-        """The token of every row of logits [rows, vocab] float32, which may be overwritten: [rows] int64, on their
+        """The token of every row of logits [rows, vocab] float32, which are left as they are: [rows] int64, on their
         device; -1 where a row is no distribution (NaN, +inf, nothing left).
 
         The same choice as `argmax` where a row's temperature is 0 and as `draw` elsewhere, with the numbers of

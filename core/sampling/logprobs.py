@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,41 @@ from interlace.sampling.params import MAX_LOGPROBS
 
 _ROWS_AT_ONCE = 64
 """Prompt positions normalised together; bounds the memory beside the logits."""
+
+
+class LogprobColumns(NamedTuple):
+    """Log probabilities as tensors, by row. Entry 0 is the chosen token, the others are the most likely in order."""
+
+    token_ids: torch.Tensor
+    """[rows, entries] int64."""
+    values: torch.Tensor
+    """[rows, entries] float32."""
+    ranks: torch.Tensor
+    """[rows] int64: of the chosen token, 1 = most likely."""
+
+
+def logprob_columns(logprobs: torch.Tensor, token_ids: torch.Tensor, most: int) -> LogprobColumns:
+    """Of `logprobs` [rows, vocab] float32: those of `token_ids` [rows] int64 and of the `most` likely tokens. Waits for
+    no device."""
+    chosen = logprobs.gather(1, token_ids[:, None])  # [rows, 1]
+    ranks = (logprobs > chosen).sum(dim=1) + 1
+    best, columns = largest(logprobs, most)
+    return LogprobColumns(torch.cat((token_ids[:, None], columns), 1), torch.cat((chosen, best), 1), ranks)
+
+
+def report_logits(logits: torch.Tensor, token_ids: torch.Tensor) -> LogprobColumns:
+    """The reference of `Kernels.logprobs`: every row gets everything."""
+    logprobs = torch.log_softmax(logits, dim=1)
+    return logprob_columns(logprobs, token_ids.clamp_min(0), min(MAX_LOGPROBS, logits.shape[1]))
+
+
+def entries_of(columns: LogprobColumns, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Row by row the chosen token, and `counts` of the most likely ones beside it. Waits for the device."""
+    token_ids, values, ranks = (part.tolist() for part in columns)
+    return [
+        TokenLogprobs(token_ids[row][: 1 + count], values[row][: 1 + count], ranks[row])
+        for row, count in enumerate(counts)
+    ]
 
 
 def select_logprobs(logprobs: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
@@ -25,19 +61,9 @@ def select_logprobs(logprobs: torch.Tensor, token_ids: Sequence[int], counts: Se
     Returns:
         One entry per row. The chosen token is entry 0 and appears again where it is one of the most likely.
     """
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])  # [rows, 1]
-    ranks = ((logprobs > chosen).sum(dim=1) + 1).tolist()
-    values = chosen.squeeze(1).tolist()
-    top_ids: list[list[int]] = [[]] * len(values)
-    top_values: list[list[float]] = [[]] * len(values)
-    if any(counts):
-        # Always the same width: which of several equal tokens come first must not depend on the other rows.
-        best, columns = largest(logprobs, min(MAX_LOGPROBS, logprobs.shape[1]))
-        top_ids, top_values = columns.tolist(), best.tolist()
-    return [
-        TokenLogprobs([token, *top_ids[row][:count]], [values[row], *top_values[row][:count]], ranks[row])
-        for row, (token, count) in enumerate(zip(token_ids, counts, strict=True))
-    ]
+    # Always the same width: which of several equal tokens come first must not depend on the other rows.
+    most = min(MAX_LOGPROBS, logprobs.shape[1]) if any(counts) else 0
+    return entries_of(logprob_columns(logprobs, torch.tensor(token_ids, device=logprobs.device), most), counts)
 
 
 def prompt_logprobs(logits: torch.Tensor, next_token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:

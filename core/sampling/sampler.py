@@ -62,7 +62,7 @@ class Sampler:
     ) -> None:
         """`vocab_size` is the width of the logits; `processors` are applied in their order here. `timer` gives seconds
         for the account of what they cost, by default always 0."""
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._processors = dict(processors)
         self._timer = timer
         self._argmax = argmax
@@ -83,13 +83,13 @@ class Sampler:
         params = admission.params
         self.remove(slot)
         try:
-            validate_token_ids(params, self._vocab_size)
+            validate_token_ids(params, self.vocab_size)
             arguments = validate_processor_args({name: type(p) for name, p in self._processors.items()}, params)
         except InvalidRequestError as error:
             self._refused[slot] = str(error)
             arguments = {}
-        state = self._slots[slot] = SlotSampling.from_admission(admission, self._vocab_size)
-        if slot in self._refused or arguments or state.edits or params.logprobs is not None:
+        state = self._slots[slot] = SlotSampling.from_admission(admission, self.vocab_size)
+        if slot in self._refused or arguments or state.edits:
             self._on_host.add(slot)
         if slot in self._refused:
             return
@@ -155,7 +155,7 @@ class Sampler:
         return SampledRows(chosen, {} if raw is None else self._logprobs(raw, reporting, slots, chosen), errors)
 
     def rows_on_host(self, slots: Sequence[int]) -> list[int]:
-        """Rows that need this sampler: they ask for more than `Kernels.sample` does."""
+        """Rows that need this sampler: they ask for more than `Kernels.sample` and `Kernels.logprobs` do."""
         return _rows_in(self._on_host, slots)
 
     def take_plugin_seconds(self) -> dict[str, float]:

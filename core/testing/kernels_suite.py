@@ -30,8 +30,10 @@ _PLAIN_WEIGHTS = ("auto", "bf16", "float32")
 _ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding")
 _LINEARS = ("make_linear", "make_block_linear")
 _MAKERS = (*_LINEARS, "make_head", "make_block_embedding")
-_CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax", "sample")
+_CALLED = (*_ROW_OPS, *_MAKERS, "scale", "argmax", "sample", "logprobs")
 """Ops that are called with random rows. `draw`, which works on rows of its argument, has tests of its own."""
+_OF_LOGITS = ("argmax", "sample", "logprobs")
+"""Of these, those that take float32 whatever the compute type: tested with the first one."""
 _MADE_OF = {"make_block_linear": "make_linear", "make_head": "make_linear", "make_block_embedding": "embedding"}
 """What the reference makes an op of: its claim holds where it holds for that."""
 
@@ -156,9 +158,17 @@ class KernelsConformance(Conformance):
             skip(f"sample: {reason}")
         sampling_cases.check_sample(self.target(self.target_options, spec).sample, self.device, seed)
 
+    def test_logprobs(self, seed: int) -> None:
+        """Of the tokens that were chosen and of the most likely ones, and ranks, against float64."""
+        spec = KernelSpec(next(iter(self.tolerances)), self.device)
+        if (reason := self.target.supports("logprobs", spec)) is not None:
+            skip(f"logprobs: {reason}")
+        sampling_cases.check_logprobs(self.target(self.target_options, spec).logprobs, self.device, seed)
+
     def test_batch_invariance_if_claimed(self, dtype: str, seed: int) -> None:
         """A row has the same bits alone, and in any company and order."""
         claimed = [op for op in _CALLED if {op, _MADE_OF.get(op, op)} <= self.target.batch_invariant]
+        claimed = [op for op in claimed if self._is_case(op, dtype)]
         accepted = [op for op in claimed if self.target.supports(op, KernelSpec(dtype, self.device)) is None]
         if not accepted:
             skip(f"no op claims batch_invariant in {dtype}")
@@ -194,6 +204,8 @@ class KernelsConformance(Conformance):
     def test_deterministic_if_asked_for(self, called_op: str, dtype: str, seed: int) -> None:
         """With `KernelSpec.deterministic`, equal input gives equal bits."""
         spec = KernelSpec(dtype, self.device, deterministic=True)
+        if not self._is_case(called_op, dtype):
+            skip(f"{called_op} takes float32 whatever the compute type")
         if (reason := self.target.supports(called_op, spec)) is not None:
             skip(f"{called_op} in {dtype}: {reason}")
         arguments = self._arguments(called_op, dtype, *_sources(seed), 9)
@@ -204,6 +216,9 @@ class KernelsConformance(Conformance):
             assert all(map(torch.equal, first, again)), f"{called_op} in {dtype}: two runs differ in bits"
 
     # ── Making cases ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _is_case(self, op: str, dtype: str) -> bool:
+        return op not in _OF_LOGITS or dtype == next(iter(self.tolerances))
 
     def _make(self, dtype: str) -> Kernels:
         made: Kernels = self.target(self.target_options, KernelSpec(dtype, self.device))
@@ -258,6 +273,8 @@ class KernelsConformance(Conformance):
             return {"x": values(rows, size), "factor": rng.uniform(-2, 2)}
         if op == "sample":
             return sampling_cases.arguments(rows, size + 9, generator, self.device)
+        if op == "logprobs":
+            return sampling_cases.logprob_arguments(rows, size + 9, generator, self.device)
         if op == "argmax":
             return {"logits": torch.randn(rows, size + 9, generator=generator).to(self.device)}
         outputs = rng.choice([1, 7, 64])

@@ -1,18 +1,21 @@
-"""Random cases of `Kernels.sample`, and what it has to give for them."""
+"""Random cases of `Kernels.sample` and `Kernels.logprobs`, and what they have to give for them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from interlace.sampling.device import SamplingColumns, SamplingMode
 from interlace.sampling.distribution import Shape, final_probabilities
+from interlace.sampling.logprobs import LogprobColumns
+from interlace.sampling.params import MAX_LOGPROBS
 from interlace.sampling.random import uniform
 
 Sample = Callable[[torch.Tensor, SamplingColumns, SamplingMode], torch.Tensor]
+Logprobs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LogprobColumns]
 
 _TOLERANCE = 1e-5
 """How far, in probability, rounding may move the border between two tokens."""
@@ -63,8 +66,10 @@ def check_sample(sample: Sample, device: str, seed: int) -> None:
         for mode in SamplingMode:
             if mode < most:
                 continue
-            tokens = sample(given.clone(), columns, mode)
+            passed = given.clone()
+            tokens = sample(passed, columns, mode)
             case = f"sample of {rows} rows of {vocab} logits in mode {mode.name}"
+            assert torch.equal(passed.view(torch.int32), given.view(torch.int32)), f"{case}: wrote into the logits"
             assert (tokens.shape, tokens.dtype) == ((rows,), torch.int64), f"{case}: {tokens.dtype} {tokens.shape}"
             assert tokens.device == given.device, f"{case}: tokens on {tokens.device}"
             chosen = tokens.tolist()
@@ -91,6 +96,63 @@ def _check_token(
     assert start - _TOLERANCE <= number <= float(end[token]) + _TOLERANCE, (
         f"{what}: token {token} holds {start:.6f} to {float(end[token]):.6f}, the number is {number:.6f}"
     )
+
+
+def logprob_arguments(rows: int, vocab: int, generator: torch.Generator, device: str) -> dict[str, Any]:
+    """Arguments of `Kernels.logprobs` for rows that ask for everything."""
+    return {
+        "logits": (torch.randn(rows, vocab, generator=generator) * 4).to(device),
+        "token_ids": torch.randint(vocab, (rows,), generator=generator).to(device),
+        "counts": torch.full((rows,), MAX_LOGPROBS, dtype=torch.int32, device=device),
+    }
+
+
+def check_logprobs(
+    logprobs: Logprobs, device: str, seed: int, vocab_sizes: Sequence[int] = (1, 5, 130, 5000, 9001)
+) -> None:
+    """Raise `AssertionError` if `logprobs` reports what is not so, for cases that follow from `seed`."""
+    source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, vocab = source.choice([1, 7, 33]), source.choice(vocab_sizes)
+    wide = torch.randn(rows, vocab + 3, generator=generator) * source.choice([0.5, 4.0, 30.0])
+    wide += source.choice([0.0, -200.0, 1e4])
+    for row in range(0, rows, 4):
+        wide[row, :vocab] = wide[row, :vocab].round()  # many equal ones
+        wide[row, source.randrange(vocab) : vocab - 1] = -torch.inf
+    logits = wide.to(device)[:, :vocab]
+    tokens = torch.tensor([source.choice([-1, source.randrange(vocab), int(row[:vocab].argmax())]) for row in wide])
+    counts = torch.tensor([source.choice([-1, 0, 1, 5, MAX_LOGPROBS]) for _ in range(rows)], dtype=torch.int32)
+    before = logits.clone()
+    found = logprobs(logits, tokens.to(device), counts.to(device))
+    case = f"logprobs of {rows} rows of {vocab} logits, seed {seed}"
+    entries = 1 + min(MAX_LOGPROBS, vocab)
+    shapes = [(part.shape, part.dtype) for part in found]
+    wanted: list[Any] = [((rows, entries), torch.int64), ((rows, entries), torch.float32), ((rows,), torch.int64)]
+    assert shapes == wanted, f"{case}: {shapes}"
+    assert torch.equal(logits, before), f"{case}: wrote into the logits"
+    right = torch.log_softmax(wide[:, :vocab].double(), 1)
+    for row, (token, count) in enumerate(zip(tokens.tolist(), counts.tolist(), strict=True)):
+        if token >= 0 and count >= 0:
+            own = [part[row].tolist() for part in found]
+            _check_report(right[row], token, min(count, vocab), own, f"{case}, row {row}")
+
+
+def _check_report(right: torch.Tensor, token: int, count: int, found: list[Any], what: str) -> None:
+    """`right` [vocab]: the log probabilities in float64."""
+    ids, values, rank = found
+    ids, values = ids[: 1 + count], values[: 1 + count]
+    assert ids[0] == token, f"{what}: entry 0 is token {ids[0]}, chosen was {token}"
+    wanted = right[ids]
+    slack = 1e-5 + 1e-6 * right[right.isfinite()].abs().max()  # as float32 rounds differences of logits
+    errors = torch.where(wanted.isinf(), 0.0, (torch.tensor(values).double() - wanted).abs())
+    same = [value == -torch.inf for value in values] == wanted.isinf().tolist()
+    assert same and bool((errors <= slack).all()), f"{what}: {values} instead of {wanted.tolist()}"
+    best = right.sort(descending=True).values[:count]
+    assert len(set(ids[1:])) == count, f"{what}: tokens {ids[1:]}, some of them twice"
+    assert torch.equal(wanted[1:].nan_to_num(), best.nan_to_num()) or bool(
+        (wanted[1:].nan_to_num() - best.nan_to_num()).abs().max() <= slack
+    ), f"{what}: {ids[1:]} are not the most likely"
+    least, most = (int((right > right[token] + distance).sum()) + 1 for distance in (slack, -slack))
+    assert least <= rank <= most, f"{what}: rank {rank}, should be {least}"
 
 
 def _shape(source: random.Random, most: SamplingMode) -> Shape:

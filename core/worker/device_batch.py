@@ -62,6 +62,7 @@ class DeviceBatch(PersistentBatch):
         self._seed = np.zeros(max_num_seqs, dtype=np.int64)
         self._sample_index = np.zeros(max_num_seqs, dtype=np.int64)
         self._mode = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)
         self._news: dict[str, Array] = {}
 
     def admit(self, admission: Admission, step_id: int) -> None:
@@ -73,6 +74,7 @@ class DeviceBatch(PersistentBatch):
         self._min_p[slot] = params.min_p
         self._seed[slot] = seed - 2**64 if seed >= 2**63 else seed
         self._sample_index[slot] = admission.sample_index
+        self._num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         cut = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         drawn = SamplingMode.TRUNCATED if cut else SamplingMode.RANDOM
         self._mode[slot] = SamplingMode.GREEDY if params.greedy else drawn
@@ -136,7 +138,8 @@ class DeviceBatch(PersistentBatch):
         )
 
     def sampling_columns(self, inputs: StepInputs) -> dict[str, Array]:
-        """How the rows that sample do so, under the names of `SamplingColumns`."""
+        """How the rows that sample do so, under the names of `SamplingColumns`; and `num_logprobs`, how many log
+        probabilities of other tokens they report, -1 for none, not even of their own."""
         slots, rows = inputs.out_slots, slice(None) if len(inputs.rows) == len(inputs.slots) else list(inputs.rows)
         ends = inputs.context_lens[rows] + inputs.query_lens[rows]
         return {
@@ -147,6 +150,7 @@ class DeviceBatch(PersistentBatch):
             "seed": self._seed[slots],
             "sample_index": self._sample_index[slots],
             "position": ends - self.num_prompt_tokens[slots],
+            "num_logprobs": self._num_logprobs[slots],
         }
 
     def sampling_mode(self, inputs: StepInputs) -> SamplingMode:

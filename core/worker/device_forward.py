@@ -12,10 +12,13 @@ from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import Kernels
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
 from interlace.kv.specs import NULL_BLOCK
-from interlace.sampling.device import SamplingColumns, SamplingMode
+from interlace.sampling.device import SamplingColumns
+from interlace.sampling.logprobs import LogprobColumns
+from interlace.sampling.params import MAX_LOGPROBS
 from interlace.worker.batch import DecodeBatch, ForwardBatch
 from interlace.worker.device_batch import Array, DeviceBatch, StepInputs
-from interlace.worker.graphs import GraphKey
+from interlace.worker.graphs import Ending, GraphKey
+from interlace.worker.sampled import Sampled
 from interlace.worker.step_buffers import Columns, Layout, Upload
 from interlace.worker.streams import Stream, Work
 
@@ -27,14 +30,15 @@ _SAMPLING_TYPES: Mapping[str, str] = {
     "seed": "int64",
     "sample_index": "int64",
     "position": "int64",
+    "num_logprobs": "int32",
 }
 
 
 class Logits:
-    """What a step computed for its rows that sample, on the device; there once the step is complete."""
+    """What a step computed that did not sample, on the device; there once the step is complete."""
 
-    hidden: torch.Tensor  # [tokens, hidden], after the final norm
-    logits: torch.Tensor  # [rows that sample, vocab] float32
+    hidden: torch.Tensor  # [tokens, hidden], after the final norm; of decode steps not, if they run as graphs
+    logits: torch.Tensor  # [rows that sample, vocab] float32; may have rows of padding behind them
 
 
 class DeviceForward:
@@ -51,6 +55,7 @@ class DeviceForward:
         kernels: Kernels,
         batch: DeviceBatch,
         max_tokens: int,
+        vocab_size: int,
         depth: int,
     ) -> None:
         """`depth`: host buffers of each kind: one more than steps may be under way."""
@@ -59,17 +64,24 @@ class DeviceForward:
         self._backends = backends
         self._kernels = kernels
         self._groups = range(batch.num_groups)
-        self._padding = {"token_slots": batch.max_num_seqs, "seq_lens": 1, "top_p": 1}
+        self._padding = {"token_slots": batch.max_num_seqs, "seq_lens": 1, "top_p": 1, "num_logprobs": -1}
         self._block_size = batch.block_size
+        self._vocab_size = vocab_size
         rows, device = batch.max_num_seqs, stream.device
+        self._device, self._max_num_seqs = device, rows
         self._fed = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self._tables = [
             torch.full((rows + 1, batch.max_blocks), NULL_BLOCK, dtype=torch.int32, device=device) for _ in self._groups
         ]
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=device)
+        entries = 1 + min(MAX_LOGPROBS, vocab_size)
+        self._sampled = Sampled(rows, entries, lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
+        self._hosts = [Sampled(rows, entries, stream.pinned) for _ in range(depth)]
+        self._next_host = 0
         most = max(self._layout(rows, max_tokens, rows).num_bytes, self._decode_layout(rows).num_bytes)
         self._step = Upload(stream, most, depth)
-        self._results: dict[GraphKey, Logits] = {}
+        # Shared by all graphs, which never run at once: each fills it before it reads it.
+        self._graph_tables: list[torch.Tensor] = []
+        self._graph_logits: torch.Tensor | None = None
         self._news = Upload(stream, 4096, depth, grows=True)
 
     # ── what is sent ──────────────────────────────────────────────────────────────────────────────────────────
@@ -116,9 +128,9 @@ class DeviceForward:
 
     # ── any step, kernel by kernel ────────────────────────────────────────────────────────────────────────────
 
-    def step(self, inputs: StepInputs, sampling: Columns, mode: SamplingMode | None, out: Logits) -> Work:
-        """Work that runs the step kernel by kernel. It samples in `mode`; without one it leaves that to the caller and
-        `sample`, and fills `out`."""
+    def step(self, inputs: StepInputs, sampling: Columns, ending: Ending, out: Logits) -> Work:
+        """Work that runs the step kernel by kernel. If it does not sample, it leaves that to the caller and `sample`,
+        and fills `out`."""
         num_rows, num_outputs = len(inputs.slots), len(inputs.rows)
         columns = self._columns(inputs, sampling)
         columns["slots"], columns["outputs"], columns["out_slots"] = inputs.slots, inputs.outputs, inputs.out_slots
@@ -144,7 +156,11 @@ class DeviceForward:
             hidden = self._run_model(batch.token_ids, batch.positions, self._prepare(batch))
             if num_outputs:
                 states = hidden if num_outputs == batch.num_tokens else hidden.index_select(0, given["outputs"])
-                self._finish(self._model.logits(states), given, given["out_slots"], mode, out)
+                logits = self._model.logits(states)
+                if ending.mode is None:
+                    out.logits = logits
+                else:
+                    self._finish(logits, given, given["out_slots"], ending)
             out.hidden = hidden
 
         return work
@@ -161,25 +177,36 @@ class DeviceForward:
         package.send()
         given = package.columns()
         width = -(-key.max_seq_len // self._block_size)
-        tables = [table.new_full((key.rows, width), NULL_BLOCK) for table in self._tables]
+        if not self._graph_tables:
+            self._graph_tables = [torch.full_like(table, NULL_BLOCK).view(-1) for table in self._tables]
+        tables = [table[: key.rows * width].view(key.rows, width) for table in self._graph_tables]
         mappings = [given[f"slot_mapping.{group}"] for group in self._groups]
         batch = DecodeBatch(given["positions"], given["seq_lens"], tables, mappings, key.max_seq_len)
         metadata = [backend.prepare_decode(batch, group) for group, backend in enumerate(self._backends)]
-        result = self._results[key] = Logits()  # of this graph alone: every replay writes into the same tensors
+        kept = self._kept_logits(key.rows) if key.ending.mode is None else None
 
         @torch.inference_mode()
         def work() -> None:
             for table, own in zip(self._tables, tables, strict=True):
                 torch.index_select(table[:, :width], 0, given["token_slots"], out=own)
-            hidden = self._run_model(self._token_ids(given), batch.positions, metadata)
-            self._finish(self._model.logits(hidden), given, given["token_slots"], key.mode, result)
-            if key.mode is None:
-                result.hidden = hidden
+            logits = self._model.logits(self._run_model(self._token_ids(given), batch.positions, metadata))
+            if kept is None:
+                self._finish(logits, given, given["token_slots"], key.ending)
+            else:
+                kept.copy_(logits)
 
         return work
 
+    def _kept_logits(self, rows: int) -> torch.Tensor:
+        """[rows, vocab] float32: where graphs that do not sample leave their logits. One tensor for all, since what a
+        graph returns stays taken from the memory that the others share."""
+        if self._graph_logits is None:
+            size = (self._max_num_seqs, self._vocab_size)
+            self._graph_logits = torch.empty(size, dtype=torch.float32, device=self._device)
+        return self._graph_logits[:rows]
+
     def decode(self, inputs: StepInputs, sampling: Columns, key: GraphKey, replay: Work, out: Logits) -> Work:
-        """Work that runs a decode step by `replay` of its graph; as `step` with the mode of `key`."""
+        """Work that runs a decode step by `replay` of its graph; as `step` with the ending of `key`."""
         columns = self._columns(inputs, sampling)
         package = self._step.pack(self._decode_layout(key.rows), columns, self._padding)
 
@@ -187,28 +214,31 @@ class DeviceForward:
         def work() -> None:
             package.send()
             replay()
-            if key.mode is None:
-                result = self._results[key]
-                out.hidden, out.logits = result.hidden, result.logits
+            if key.ending.mode is None:
+                out.logits = self._kept_logits(key.rows)
 
         return work
 
     # ── tokens ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def sample(self, logits: torch.Tensor, sampling: Columns, mode: SamplingMode) -> torch.Tensor:
-        """`Kernels.sample` outside a step; its columns are sent now."""
-        device = logits.device
-        columns = SamplingColumns(*(torch.from_numpy(sampling[name]).to(device) for name in SamplingColumns._fields))
-        return self._kernels.sample(logits, columns, mode)
+    def sample(
+        self, logits: torch.Tensor, sampling: Columns, ending: Ending
+    ) -> tuple[torch.Tensor, LogprobColumns | None]:
+        """What a step ends with, outside a step: tokens, and their log probabilities if it reports them. What it takes
+        is sent now."""
+        return self._choose(logits, {n: torch.from_numpy(v).to(logits.device) for n, v in sampling.items()}, ending)
 
     def feed(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """These tokens were chosen elsewhere; the next steps compute them."""
         index, values = (torch.tensor(part, dtype=torch.int64) for part in (slots, token_ids))
         self._fed.index_copy_(0, index.to(self._fed.device), values.to(self._fed.device))
 
-    def fetch(self, target: torch.Tensor) -> None:
-        """Work that copies what the step sampled, row by row, into pinned `target` [rows that sample] int64."""
-        target.copy_(self._sampled[: len(target)], non_blocking=True)
+    def fetch(self, rows: int, ending: Ending) -> tuple[Work, Sampled]:
+        """Work that copies what the step sampled to the host, and where to; it stays there while `depth` steps are
+        handed over."""
+        host = self._hosts[self._next_host]
+        self._next_host = (self._next_host + 1) % len(self._hosts)
+        return lambda: host.fetch(self._sampled, rows, ending.reports), host
 
     def _token_ids(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[tokens]: those the host knows, and the newest of their slots in place of the others."""
@@ -218,21 +248,21 @@ class DeviceForward:
     def _run_model(self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: list[Any]) -> torch.Tensor:
         return self._model.forward(token_ids, positions, ForwardContext(self._layers, metadata)).hidden
 
+    def _choose(
+        self, logits: torch.Tensor, given: Mapping[str, torch.Tensor], ending: Ending
+    ) -> tuple[torch.Tensor, LogprobColumns | None]:
+        """Tokens, and what is reported of them."""
+        assert ending.mode is not None
+        columns = SamplingColumns(*(given[name] for name in SamplingColumns._fields))
+        tokens = self._kernels.sample(logits, columns, ending.mode)
+        return tokens, self._kernels.logprobs(logits, tokens, given["num_logprobs"]) if ending.reports else None
+
     def _finish(
-        self,
-        logits: torch.Tensor,
-        given: Mapping[str, torch.Tensor],
-        slots: torch.Tensor,
-        mode: SamplingMode | None,
-        out: Logits,
+        self, logits: torch.Tensor, given: Mapping[str, torch.Tensor], slots: torch.Tensor, ending: Ending
     ) -> None:
         """Sample, and keep the tokens for the host and for the next step."""
-        if mode is None:
-            out.logits = logits
-            return
-        columns = SamplingColumns(*(given[name] for name in SamplingColumns._fields))
-        tokens = self._kernels.sample(logits, columns, mode)
-        self._sampled[: len(tokens)].copy_(tokens)
+        tokens, logprobs = self._choose(logits, given, ending)
+        self._sampled.keep(tokens, logprobs)
         self._fed.index_copy_(0, slots, tokens.clamp_min(0))  # a row that failed feeds something: nobody hears of it
 
 

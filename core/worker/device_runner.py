@@ -4,8 +4,10 @@ Submitting a step only hands work to the device: one packed copy of what the hos
 copy of the tokens back. What a step samples feeds the next one on the device, so the host needs a token only in order
 to report it. Steps of decoding requests run as device graphs (`interlace.worker.graphs`), others kernel by kernel.
 
-A request that asks for more than `Kernels.sample` does (logits processors, penalties, log probabilities, …) needs the
-host between model and sampling. Steps with such a request wait for all earlier steps and then for themselves; its
+Log probabilities of the tokens travel with them.
+
+A request that asks for more (logits processors, penalties, log probabilities of the prompt, …) needs the host between
+model and sampling. Steps with such a request wait for all earlier steps and then for themselves; its
 neighbours in them are sampled on the device as always, so that their tokens do not depend on the company they keep.
 """
 
@@ -21,14 +23,14 @@ from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import Kernels
 from interlace.interfaces.model import LayerCache, Model
 from interlace.messages import SampledTokens, StepPlan, StepResult, TokenLogprobs
-from interlace.sampling.device import SamplingMode
 from interlace.sampling.distribution import take_rows
 from interlace.sampling.sampler import NOT_A_NUMBER, SampledRows, Sampler
 from interlace.worker.batch import ForwardBatch
 from interlace.worker.device_batch import DeviceBatch, StepInputs
 from interlace.worker.device_forward import DeviceForward, Logits
-from interlace.worker.graphs import DecodeGraphs
+from interlace.worker.graphs import DecodeGraphs, Ending
 from interlace.worker.model_runner import ModelRunner
+from interlace.worker.sampled import reported
 from interlace.worker.step_buffers import Columns
 from interlace.worker.streams import Completion, Stream, Work
 
@@ -90,7 +92,9 @@ class DeviceRunner(ModelRunner):
         self._host_sampler = sampler
         self._stream = stream
         depth = max_in_flight + 1
-        self._forward = DeviceForward(stream, model, layers, backends, kernels, batch, max_tokens, depth)
+        self._forward = DeviceForward(
+            stream, model, layers, backends, kernels, batch, max_tokens, sampler.vocab_size, depth
+        )
         self._logits = Logits()
         self.graphs: DecodeGraphs | None = None
         if graph_sizes is not None:
@@ -102,8 +106,6 @@ class DeviceRunner(ModelRunner):
                 self._forward.graph_work,
                 now,
             )
-        self._fetched = [stream.pinned(8 * batch.max_num_seqs).view(torch.int64) for _ in range(depth)]
-        self._num_submitted = 0
         self._in_flight: deque[_InFlight] = deque()
         self._failed = False  # a step failed and whoever submitted it has not heard of it
         self._dead: Exception | None = None
@@ -172,24 +174,36 @@ class DeviceRunner(ModelRunner):
         batch.advance(plan)
         slots = inputs.out_slots.tolist()
         on_host = self._host_sampler.rows_on_host(slots)
-        if on_host or not self._prompt_logprobs.isdisjoint(plan.slots):
-            self._launch_with_host(step, inputs, sampling, works, slots, on_host)
+        ending = Ending(batch.sampling_mode(inputs), bool((sampling["num_logprobs"] >= 0).any()))
+        if on_host or self._reports_prompts(inputs):
+            self._launch_with_host(step, inputs, sampling, ending, works, slots, on_host)
             return
-        works.append(self._step_work(inputs, sampling, batch.sampling_mode(inputs)))
-        fetched = self._fetched[self._num_submitted % len(self._fetched)][: len(slots)]
-        works.append(lambda: self._forward.fetch(fetched))
-        self._num_submitted += 1
+        works.append(self._step_work(inputs, sampling, ending))
+        fetch, host = self._forward.fetch(len(slots), ending)
+        works.append(fetch)
         self._hand_over(step, works)
-        step.finish = lambda: self._take(step, inputs.rows, slots, fetched.tolist())
 
-    def _step_work(self, inputs: StepInputs, sampling: Columns, mode: SamplingMode | None) -> Work:
+        def finish() -> StepResult:
+            logprobs = reported(host.logprobs, inputs.rows, sampling["num_logprobs"]) if ending.reports else {}
+            return self._take(step, inputs.rows, slots, host.token_ids[: len(slots)].tolist(), {}, logprobs)
+
+        step.finish = finish
+
+    def _reports_prompts(self, inputs: StepInputs) -> bool:
+        """Whether a row computes a prompt's token that predicts one whose log probability is asked for."""
+        return bool(self._prompt_logprobs) and any(
+            slot in self._prompt_logprobs and context + 1 < self._device_batch.num_prompt_tokens[slot]
+            for slot, context in zip(inputs.slots.tolist(), inputs.context_lens.tolist(), strict=True)
+        )
+
+    def _step_work(self, inputs: StepInputs, sampling: Columns, ending: Ending) -> Work:
         """The step as a device graph, if there is one for it, or kernel by kernel."""
         if inputs.is_decode and self.graphs is not None:
-            key = self.graphs.key(len(inputs.rows), inputs.longest, mode)
+            key = self.graphs.key(len(inputs.rows), inputs.longest, ending)
             replay = None if key is None else self.graphs.find(key)
             if key is not None and replay is not None:
                 return self._forward.decode(inputs, sampling, key, replay, self._logits)
-        return self._forward.step(inputs, sampling, mode, self._logits)
+        return self._forward.step(inputs, sampling, ending, self._logits)
 
     def _hand_over(self, step: _InFlight, works: Sequence[Work]) -> None:
         @torch.inference_mode()
@@ -206,13 +220,13 @@ class DeviceRunner(ModelRunner):
         step: _InFlight,
         inputs: StepInputs,
         sampling: Columns,
+        ending: Ending,
         works: list[Work],
         slots: list[int],
         on_host: list[int],
     ) -> None:
         """Run the step to its end: model on the device, then sampling here and there."""
-        mode = self._device_batch.sampling_mode(inputs)
-        works.append(self._step_work(inputs, sampling, None))
+        works.append(self._step_work(inputs, sampling, Ending(None)))
         self._hand_over(step, works)
         while self._in_flight[0] is not step:  # the tokens of earlier steps are part of the histories
             self._settle_oldest()
@@ -222,12 +236,17 @@ class DeviceRunner(ModelRunner):
         step.completion.wait()
         prompt_logprobs = self._prompt_logprobs_of(step.plan, inputs)
         token_ids: list[int] = []
-        sampled = SampledRows([], {}, {})
+        sampled, logprobs = SampledRows([], {}, {}), {}
         if slots:
             logits = self._logits.logits[: len(slots)]  # a graph may have computed padding, too
             given = take_rows(logits, on_host) if on_host else None
             if len(on_host) < len(slots):
-                token_ids = self._forward.sample(logits, sampling, mode).tolist()
+                tokens, columns = self._forward.sample(logits, sampling, ending)
+                token_ids = tokens.tolist()
+                if columns is not None:
+                    counts = sampling["num_logprobs"].copy()
+                    counts[on_host] = -1  # those follow from the host's token
+                    logprobs = reported(columns, inputs.rows, counts)
             if given is not None:
                 own = [slots[index] for index in on_host]
                 sampled = self._host_sampler.sample(given, own, self._batch.histories(own))
@@ -236,12 +255,12 @@ class DeviceRunner(ModelRunner):
                     token_ids[index] = token_id
             self._forward.feed(slots, [max(0, token_id) for token_id in token_ids])
         errors = {inputs.rows[on_host[index]]: message for index, message in sampled.errors.items()}
-        logprobs = {inputs.rows[on_host[index]]: [entry] for index, entry in sampled.logprobs.items()}
+        logprobs |= {inputs.rows[on_host[index]]: [entry] for index, entry in sampled.logprobs.items()}
         result = self._take(step, inputs.rows, slots, token_ids, errors, logprobs, prompt_logprobs)
         step.finish = lambda: result
 
     def _prompt_logprobs_of(self, plan: StepPlan, inputs: StepInputs) -> dict[int, list[TokenLogprobs]]:
-        if self._prompt_logprobs.isdisjoint(plan.slots):
+        if not self._reports_prompts(inputs):
             return {}
         lengths = ForwardBatch(self._logits.hidden, self._logits.hidden, inputs.query_lens, inputs.context_lens, [], [])
         return self._compute_prompt_logprobs(plan, lengths, self._logits.hidden)
@@ -311,7 +330,7 @@ class DeviceRunner(ModelRunner):
             counts=counts,
             token_ids=token_ids,
             duration=now - began,
-            logprobs=logprobs or {},
+            logprobs={row: entries for row, entries in (logprobs or {}).items() if row not in errors},
             prompt_logprobs=prompt_logprobs or {},
             errors=errors,
             plugin_seconds=self._host_sampler.take_plugin_seconds(),

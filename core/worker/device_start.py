@@ -19,6 +19,7 @@ from interlace.spec import ResolvedSpec
 from interlace.worker.batch import ForwardBatch
 from interlace.worker.device_batch import DeviceBatch
 from interlace.worker.device_runner import DeviceRunner
+from interlace.worker.graphs import Ending
 from interlace.worker.memory import format_bytes
 from interlace.worker.sizing import AttentionPlan, size_cache
 from interlace.worker.streams import CudaStream, Stream
@@ -40,7 +41,8 @@ class Profile(msgspec.Struct, frozen=True):
     """Device memory beside weights and cache, in bytes."""
 
     largest_step: int
-    graphs: int
+    decode_step: int
+    """Of all requests, the longest as long as can be."""
 
 
 def profile_memory(
@@ -51,8 +53,9 @@ def profile_memory(
     attention: AttentionPlan,
     allocate: Allocate,
 ) -> Profile:
-    """Run the steps that take most: a full budget of prompt tokens, and all requests decoding. The weights are there,
-    the cache is not: a few blocks stand for it, of which only the null block is used."""
+    """Run the steps that take most: a full budget of prompt tokens, and all requests decoding, one of them at the end
+    of the longest sequence there can be. The weights are there, the cache is not: a few blocks stand for it, of which
+    only the null block is used."""
     tiny = KVCacheConfig(
         block_size=spec.cache.block_size,
         num_blocks=1 + len(attention.groups),
@@ -62,17 +65,19 @@ def profile_memory(
     layers = allocate(tiny, attention)
     limits = spec.limits
 
-    def peak(num_tokens: int, longest: int) -> int:
+    def peak(num_tokens: int, longest: int, context: int) -> int:
         full, rest = divmod(num_tokens, longest)
         lens = [longest] * full + ([rest] if rest else [])
         outputs = min(limits.max_num_seqs, num_tokens)
         return stream.peak_memory(
-            lambda: _run_step(stream.device, model, kernels, attention, layers, lens, outputs, spec.cache.block_size)
+            lambda: _run_step(
+                stream.device, model, kernels, attention, layers, lens, context, outputs, spec.cache.block_size
+            )
         )
 
-    largest = peak(limits.max_num_batched_tokens, min(spec.max_model_len, limits.max_num_batched_tokens))
-    graphs = peak(min(limits.max_num_seqs, limits.max_num_batched_tokens), 1) if spec.gpu.graphs else 0
-    return Profile(largest, graphs)
+    largest = peak(limits.max_num_batched_tokens, min(spec.max_model_len, limits.max_num_batched_tokens), 0)
+    decode = peak(min(limits.max_num_seqs, limits.max_num_batched_tokens), 1, spec.max_model_len - 1)
+    return Profile(largest, decode)
 
 
 @torch.inference_mode()
@@ -83,17 +88,21 @@ def _run_step(
     attention: AttentionPlan,
     layers: dict[int, LayerCache],
     lens: list[int],
+    context: int,
     outputs: int,
     block_size: int,
 ) -> None:
-    """A step over rows of these lengths, all at the beginning of their sequences, in the null block."""
-    positions = torch.cat([torch.arange(length) for length in lens]).to(device)
-    width = -(-max(lens) // block_size)
+    """A step over rows of these lengths, in the null block: the first after so many tokens of `context`, the others at
+    the beginning of their sequences."""
+    contexts = [context] + [0] * (len(lens) - 1)
+    starts = zip(contexts, lens, strict=True)
+    positions = torch.cat([torch.arange(start, start + length) for start, length in starts]).to(device)
+    width = -(-(context + max(lens)) // block_size)
     batch = ForwardBatch(
         token_ids=torch.zeros_like(positions),
         positions=positions,
         query_lens=lens,
-        context_lens=[0] * len(lens),
+        context_lens=contexts,
         block_tables=[
             torch.full((len(lens), width), NULL_BLOCK, dtype=torch.int32, device=device) for _ in attention.groups
         ],
@@ -105,7 +114,8 @@ def _run_step(
     ones = torch.ones(outputs, device=device)
     whole = torch.zeros(outputs, dtype=torch.int64, device=device)
     columns = SamplingColumns(ones, whole.int() + 1, ones, 0 * ones, whole, whole, whole)
-    kernels.sample(logits, columns, SamplingMode.TRUNCATED)
+    tokens = kernels.sample(logits, columns, SamplingMode.TRUNCATED)
+    kernels.logprobs(logits, tokens, whole.int())
 
 
 def measured_cache(
@@ -114,18 +124,18 @@ def measured_cache(
     """The cache that fits into `free_bytes` beside what steps take, at most as large as `planned`; and how that is.
 
     Raises `CapacityError` if nothing fits."""
-    left = free_bytes - profile.largest_step - profile.graphs
+    left = free_bytes - profile.largest_step - profile.decode_step
     if left <= 0:
         raise CapacityError(
             f"nothing is left for the KV cache: {format_bytes(free_bytes)} are free on {spec.device} beside the "
-            f"weights, but the largest step takes {format_bytes(profile.largest_step)} and device graphs "
-            f"{format_bytes(profile.graphs)}; lower scheduler.max_num_batched_tokens (now "
+            f"weights, but the largest step takes {format_bytes(profile.largest_step)} and one in which all "
+            f"requests decode {format_bytes(profile.decode_step)}; lower scheduler.max_num_batched_tokens (now "
             f"{spec.limits.max_num_batched_tokens}) or scheduler.max_num_seqs (now {spec.limits.max_num_seqs})"
         )
     kv = size_cache(spec, attention, left)
     kv = msgspec.structs.replace(kv, num_blocks=min(kv.num_blocks, planned.num_blocks))
     size = format_bytes(kv.num_blocks * kv.bytes_per_block)
-    taken = f"{format_bytes(profile.largest_step)} for the largest step, {format_bytes(profile.graphs)} for graphs"
+    taken = f"{format_bytes(profile.largest_step)} for the largest step, {format_bytes(profile.decode_step)} to decode"
     reason = f"{format_bytes(free_bytes)} free beside the weights; measured: {taken}"
     return kv, Selection("cache", size, reason)
 
@@ -167,7 +177,7 @@ def start_device_runner(
     assert runner.graphs is not None
     if runner.graphs.sizes:
         # The largest first: the smaller ones find their memory in its own, and a failure shows now.
-        key = runner.graphs.key(runner.graphs.sizes[-1], spec.max_model_len, SamplingMode.GREEDY)
+        key = runner.graphs.key(runner.graphs.sizes[-1], spec.max_model_len, Ending(SamplingMode.GREEDY))
         assert key is not None
         with torch.inference_mode():
             runner.graphs.find(key)

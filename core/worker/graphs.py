@@ -21,13 +21,26 @@ SHORTEST_BOUND = 2048
 BOUND_FACTOR = 4
 
 
+class Ending(NamedTuple):
+    """What a step does with its logits."""
+
+    mode: SamplingMode | None
+    """How it samples; None: it ends with the logits."""
+    reports: bool = False
+    """Whether it reports log probabilities, too."""
+
+    def __str__(self) -> str:
+        if self.mode is None:
+            return "logits only"
+        return f"sampling {self.mode.name.lower()}{', log probabilities' if self.reports else ''}"
+
+
 class GraphKey(NamedTuple):
     """What a graph is made for."""
 
     rows: int
     max_seq_len: int
-    mode: SamplingMode | None
-    """None: the graph ends with the logits."""
+    ending: Ending
 
 
 class DecodeGraphs:
@@ -58,7 +71,7 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def key(self, rows: int, longest: int, mode: SamplingMode | None) -> GraphKey | None:
+    def key(self, rows: int, longest: int, ending: Ending) -> GraphKey | None:
         """The graph for a decode step of so many rows, `longest` being its longest sequence; None: there is none."""
         size = next((size for size in self.sizes if size >= rows), None)
         if size is None or self.refusal is not None:
@@ -66,7 +79,7 @@ class DecodeGraphs:
         bound = SHORTEST_BOUND
         while bound < longest:
             bound *= BOUND_FACTOR
-        return GraphKey(size, min(bound, self._max_model_len), mode)
+        return GraphKey(size, min(bound, self._max_model_len), ending)
 
     def find(self, key: GraphKey) -> Work | None:
         """What runs the step; captured now if it was not before. None if that failed, now or earlier."""
@@ -90,7 +103,7 @@ class DecodeGraphs:
             "captured the decode graph for %d rows up to %d tokens (%s) in %.2f s; %d graphs so far, %.2f s",
             key.rows,
             key.max_seq_len,
-            "logits only" if key.mode is None else f"sampling {key.mode.name.lower()}",
+            key.ending,
             seconds,
             len(self._graphs),
             self.seconds,

@@ -18,6 +18,7 @@ from interlace.sampling.device import SamplingColumns, SamplingMode
 
 if TYPE_CHECKING:
     from interlace.sampling.distribution import Shape
+    from interlace.sampling.logprobs import LogprobColumns
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_VOCAB = 1 << 18
@@ -128,6 +129,11 @@ class TritonKernels(Kernels):
         from interlace.plugins.triton.sampling import sample
 
         return sample(_dense_last(logits), columns, mode)
+
+    def logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, counts: torch.Tensor) -> LogprobColumns:
+        from interlace.plugins.triton.logprobs import logprobs
+
+        return logprobs(_dense_last(logits), token_ids, counts)
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:

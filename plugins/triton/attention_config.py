@@ -90,7 +90,7 @@ def default_prefill(shape: LayerShape) -> KernelConfig:
     if shape.itemsize == 4:
         config = KernelConfig(_MIN_ROWS, 32, 4, 2)
     elif shape.block_d >= 256:
-        config = KernelConfig(64, 64, 4, 2)
+        config = KernelConfig(64, 64, 4, 2) if shape.is_fp8 else KernelConfig(128, 64, 8, 2)
     elif shape.is_fp8:
         config = KernelConfig(128, 64, 8, 2)
     else:

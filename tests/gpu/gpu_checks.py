@@ -4,7 +4,7 @@ device, shapes of real models over poisoned caches, and whole models kernel by k
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,21 +99,29 @@ def _traffic(provider: Any, options: Any, spec: AttentionSpec, dtype: str, devic
 
 
 def sampling(device: str, seeds: list[int], vocab_sizes: list[int]) -> Outcome:
-    """`Kernels.sample` against the distribution in float64: random cases, and vocabularies as models have them."""
+    """`Kernels.sample` and `Kernels.logprobs` against the distribution in float64: random cases, and vocabularies as
+    models have them."""
     outcome = Outcome()
-    kernels = find_provider("kernels", "triton")
-    sample = kernels(kernels.Options(), KernelSpec("float32", device)).sample
+    provider = find_provider("kernels", "triton")
+    kernels = provider(provider.Options(), KernelSpec("float32", device))
     for seed in seeds:
-        try:
-            sampling_cases.check_sample(sample, device, seed)
-            error = None
-        except AssertionError as found:
-            error = str(found)
-        outcome.check(f"random cases, seed {seed}", error)
+        outcome.check(f"samples, seed {seed}", _error_of(sampling_cases.check_sample, kernels.sample, device, seed))
+        reported = _error_of(sampling_cases.check_logprobs, kernels.logprobs, device, seed)
+        outcome.check(f"log probabilities, seed {seed}", reported)
     for vocab in vocab_sizes:
         for spread in (0.1, 3.0):
-            outcome.check(f"{vocab} tokens, spread {spread}", _wide_sample(sample, device, vocab, spread))
+            outcome.check(f"{vocab} tokens, spread {spread}", _wide_sample(kernels.sample, device, vocab, spread))
+        reported = _error_of(sampling_cases.check_logprobs, kernels.logprobs, device, vocab, [vocab])
+        outcome.check(f"log probabilities of {vocab} tokens", reported)
     return outcome
+
+
+def _error_of(check: Callable[..., None], *given: Any) -> str | None:
+    try:
+        check(*given)
+    except AssertionError as found:
+        return str(found)
+    return None
 
 
 def _wide_sample(sample: sampling_cases.Sample, device: str, vocab: int, spread: float) -> str | None:

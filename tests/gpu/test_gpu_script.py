@@ -72,7 +72,7 @@ def test_what_fails_is_reported_and_the_others_still_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     jobs = {job["name"]: job for job in json.loads(report.read_text())["jobs"]}
-    assert jobs["sampling"]["error"] == "" and jobs["sampling"]["outcome"]["num_checks"] == 2
+    assert jobs["sampling"]["error"] == "" and jobs["sampling"]["outcome"]["num_checks"] == 3
     assert jobs["broken"]["error"] and "Traceback" in jobs["broken"]["traceback"]
     assert "ended with code" in jobs["killed"]["error"] and "not done after" in jobs["late"]["error"]
     assert "failed: " in done.stdout

@@ -15,9 +15,10 @@ from interlace.messages import Admission, BlockDelta, SampledTokens, SamplingPar
 from interlace.sampling.device import SamplingMode
 from interlace.testing.executor_driver import WorkerExecutor
 from interlace.testing.fake_stream import FakeStream
+from interlace.worker import device_start
 from interlace.worker.device_batch import FED_BACK, DeviceBatch
 from interlace.worker.device_forward import Logits
-from interlace.worker.graphs import SIZES, DecodeGraphs, GraphKey, choose_sizes
+from interlace.worker.graphs import SIZES, DecodeGraphs, Ending, GraphKey, choose_sizes
 from interlace.worker.step_buffers import Layout, Upload
 
 # ── packed columns ────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,29 +77,30 @@ def test_sizes(sizes, max_rows, expected):
 
 def test_a_step_takes_the_next_size_and_length():
     graphs = make_graphs(FakeStream())
-    mode = SamplingMode.GREEDY
-    assert graphs.key(3, 100, mode) == GraphKey(4, 2048, mode)
-    assert graphs.key(4, 2048, mode) == GraphKey(4, 2048, mode)
-    assert graphs.key(17, 2049, None) == GraphKey(20, 8192, None)
-    assert graphs.key(1, 9000, mode) == GraphKey(1, 10_000, mode), "not beyond max_model_len"
-    assert graphs.key(21, 10, mode) is None, "no graph is that large"
-    assert make_graphs(FakeStream(), max_model_len=96).key(1, 5, mode) == GraphKey(1, 96, mode)
+    ending, logits = Ending(SamplingMode.GREEDY), Ending(None)
+    assert graphs.key(3, 100, ending) == GraphKey(4, 2048, ending)
+    assert graphs.key(4, 2048, ending) == GraphKey(4, 2048, ending)
+    assert graphs.key(17, 2049, logits) == GraphKey(20, 8192, logits)
+    assert graphs.key(1, 9000, ending) == GraphKey(1, 10_000, ending), "not beyond max_model_len"
+    assert graphs.key(21, 10, ending) is None, "no graph is that large"
+    assert make_graphs(FakeStream(), max_model_len=96).key(1, 5, ending) == GraphKey(1, 96, ending)
 
 
 def test_graphs_are_captured_once(caplog):
     graphs = make_graphs(stream := FakeStream())
-    key = graphs.key(3, 100, SamplingMode.RANDOM)
+    key = graphs.key(3, 100, Ending(SamplingMode.RANDOM))
     with caplog.at_level(logging.INFO, "interlace.worker"):
         assert graphs.find(key) is graphs.find(key) is not None
     assert stream.num_captured == len(graphs) == 1
     assert "captured the decode graph for 4 rows up to 2048 tokens (sampling random)" in caplog.text
+    assert str(Ending(SamplingMode.RANDOM, True)) == "sampling random, log probabilities"
 
 
 def test_a_graph_that_cannot_be_captured_ends_them_all(caplog):
     graphs = make_graphs(FakeStream(max_captures=1))
-    first, second = (graphs.key(rows, 10, None) for rows in (1, 2))
+    first, second = (graphs.key(rows, 10, Ending(None)) for rows in (1, 2))
     assert graphs.find(first) is not None
-    assert graphs.find(second) is None and graphs.find(first) is None and graphs.key(1, 10, None) is None
+    assert graphs.find(second) is None and graphs.find(first) is None and graphs.key(1, 10, Ending(None)) is None
     assert caplog.text.count("decode steps run without device graphs") == 1
 
 
@@ -185,6 +187,20 @@ def test_the_start_says_how_steps_run(tiny_spec, drive):
     assert driver.info.timings["graphs"] > 0
 
 
+def test_the_start_measures_what_decoding_takes_at_the_longest_sequence(tiny_spec, drive, monkeypatch):
+    """Partial sums of split keys are as large as the longest sequence of a step demands, for each of its rows."""
+    seen = []
+    run_step = device_start._run_step
+
+    def note(*given):
+        seen.append(given[5:8])
+        run_step(*given)
+
+    monkeypatch.setattr(device_start, "_run_step", note)
+    drive(tiny_spec(**{"gpu.graphs": False}), FakeStream())
+    assert seen == [([24], 0, 6), ([1] * 6, 95, 6)]
+
+
 @pytest.mark.parametrize(
     ("spec", "stream", "reason"),
     [
@@ -216,7 +232,7 @@ def test_the_cache_gets_what_the_largest_step_leaves(tiny_spec, drive):
     spec = tiny_spec(**{"cache.max_blocks": 10**6, "cache.memory": "auto"})
     wide = msgspec.structs.replace(spec, max_model_len=96)
     plenty = drive(wide, FakeStream(peak=0))
-    assert selections(plenty)["cache"].reason.endswith("measured: 0 B for the largest step, 0 B for graphs")
+    assert selections(plenty)["cache"].reason.endswith("measured: 0 B for the largest step, 0 B to decode")
     with pytest.raises(CapacityError, match=r"nothing is left for the KV cache: .* largest step takes"):
         drive(wide, FakeStream(peak=1 << 60))
     exact = tiny_spec(**{"cache.max_blocks": 10**6, "cache.memory": "64KiB"})
@@ -234,11 +250,12 @@ def test_inference_mode_reaches_the_device(tiny_spec, drive):
     assert len(modes) >= 3 and all(modes)
 
 
-def test_a_graph_that_ends_with_logits_has_its_own(tiny_spec, drive):
-    """A replay runs no Python, so the results must be those of the graph that is replayed, not of the last captured."""
+def test_graphs_that_end_with_logits_leave_them_in_one_place(tiny_spec, drive):
+    """A replay runs no Python, so where they are follows from the graph that is replayed, not from the last captured;
+    and what each kept for itself would be memory that no other graph can use."""
     driver = drive(tiny_spec(), FakeStream())
     runner = driver.executor._worker._runner
-    keys = [runner.graphs.key(rows, 10, None) for rows in (1, 4)]
+    keys = [runner.graphs.key(rows, 10, Ending(None)) for rows in (1, 4)]
     with torch.inference_mode():
         assert all(runner.graphs.find(key) is not None for key in keys)
         driver.add([1, 2], temperature=0.0, max_tokens=9)
@@ -248,4 +265,13 @@ def test_a_graph_that_ends_with_logits_has_its_own(tiny_spec, drive):
         for key in (*keys, keys[0]):
             out = Logits()
             runner._forward.decode(inputs, sampling, key, lambda: None, out)()
-            assert out.logits is runner._forward._results[key].logits and len(out.logits) == key.rows
+            assert out.logits.shape == (key.rows, 300)
+            assert out.logits.data_ptr() == runner._forward._graph_logits.data_ptr()
+
+
+def test_graphs_read_block_tables_of_their_own_step(tiny_spec, drive):
+    """They share the place for them, and there is room for the widest."""
+    driver = drive(tiny_spec(), FakeStream())
+    runner = driver.executor._worker._runner
+    (room,) = runner._forward._graph_tables
+    assert room.numel() == 7 * 12, "six slots and the padding's, 96 tokens in blocks of 8"

@@ -31,7 +31,7 @@ def add_plain_traffic(driver, source):
         {"temperature": 1.0},
         {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
         {"temperature": 1.3, "min_p": 0.05},
-        {"temperature": 1.0, "stop_token_ids": list(range(0, 300, 9))},
+        {"temperature": 1.0, "stop_token_ids": list(range(0, 300, 9)), "logprobs": 3},
     ]
     shared = [source.randrange(300) for _ in range(20)]
     for number in range(12):
@@ -176,6 +176,68 @@ def test_only_rows_that_need_the_host_are_sampled_there(tiny_spec, drive, monkey
     assert driver.tokens[seeded] == alone(drive, spec, [3, 4], seed=11, temperature=1.0, top_p=0.8, max_tokens=6)
 
 
+# ── log probabilities ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+REPORTING = [
+    {"temperature": 0.0, "logprobs": 2, "max_tokens": 9},
+    {"temperature": 0.0, "max_tokens": 12},
+    {"temperature": 1.0, "top_p": 0.9, "logprobs": 0, "max_tokens": 7},
+    {"temperature": 1.4, "logprobs": 20, "max_tokens": 12},
+]
+
+
+def reports(driver, requests):
+    """Run `requests`, which are given the slots in their order; what their steps reported, by slot, the ids and ranks
+    apart from the values."""
+    for number, params in enumerate(requests):
+        driver.add([3 + number, 5, 40 * number], seed=number, **params)
+    driver.run()
+    found = {}
+    for plan, result in driver.steps:
+        for row, (entry,) in result.logprobs.items():
+            found.setdefault(plan.slots[row], []).append(entry)
+    exact = {slot: [(entry.token_ids, entry.rank) for entry in entries] for slot, entries in found.items()}
+    return exact, [value for slot in sorted(found) for entry in found[slot] for value in entry.logprobs]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_log_probabilities_come_with_the_tokens(tiny_spec, drive, graphs):
+    """Those of the plain runner, for the rows that asked; and the host runs ahead as ever."""
+    spec = tiny_spec(graphs)
+    plain, wanted = reports(drive(spec, WorkerExecutor()), REPORTING)
+    driver = drive(spec, stream := FakeStream())
+    found, values = reports(driver, REPORTING)
+    assert found == plain and values == pytest.approx(wanted, abs=1e-5)
+    assert {slot: len(entries) for slot, entries in found.items()} == {0: 9, 2: 7, 3: 12}
+    assert {slot: {len(ids) for ids, _ in entries} for slot, entries in found.items()} == {0: {3}, 2: {1}, 3: {21}}
+    assert stream.most_waiting == 2 and all(not driver.errors[request] for request in driver.errors)
+
+
+def test_log_probabilities_beside_a_row_that_needs_the_host(tiny_spec, drive):
+    """The neighbour's penalty does not touch the distribution that is reported, neither its own nor the others'."""
+    requests = [*REPORTING, {"temperature": 0.0, "repetition_penalty": 1.5, "logprobs": 1, "max_tokens": 12}]
+    spec = tiny_spec()
+    plain, wanted = reports(drive(spec, WorkerExecutor()), requests)
+    found, values = reports(drive(spec, FakeStream()), requests)
+    assert found == plain and values == pytest.approx(wanted, abs=1e-5) and len(found[4]) == 12
+
+
+def test_log_probabilities_of_the_prompt_wait_for_the_prompt_only(tiny_spec, drive):
+    """Afterwards the request decodes like any other: the host runs ahead."""
+    spec = tiny_spec(**{"scheduler.max_num_batched_tokens": 8})
+    found = []
+    for runs_on in (WorkerExecutor(), stream := FakeStream()):
+        driver = drive(spec, runs_on)
+        request = driver.add(list(range(20)), prompt_logprobs=2, **GREEDY)
+        driver.run()
+        parts = [part for _, result in driver.steps for part in result.prompt_logprobs.get(0, [])]
+        found.append((driver.tokens[request], [part.token_ids for part in parts]))
+        assert len(parts) == 19
+    assert found[0] == found[1]
+    assert stream.most_waiting == 2
+
+
 def test_a_row_without_a_distribution_fails_alone(tiny_spec, drive, monkeypatch):
     """NaN in a row's logits: that request ends with an error, also where its next step is under way."""
     spec = tiny_spec(graphs=False)
@@ -191,9 +253,10 @@ def test_a_row_without_a_distribution_fails_alone(tiny_spec, drive, monkeypatch)
 
     model.logits = spoiled
     good = driver.add([1, 2], **GREEDY)
-    bad = driver.add([3, 4], **GREEDY)
+    bad = driver.add([3, 4], logprobs=1, **GREEDY)
     driver.run()
     assert "NaN" in driver.errors[bad] and driver.tokens[bad] == []
+    assert all(not result.logprobs for _, result in driver.steps)
     assert driver.tokens[good] == alone(drive, spec, [1, 2], **GREEDY)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from interlace.plugins.triton import logprobs
 from interlace.plugins.triton.norms import norm_constants
 from interlace.plugins.triton.rope import rope_constants
 from interlace.plugins.triton.sampling import PART, list_sizes, peaks_constants, plan_constants
@@ -86,6 +87,14 @@ def _sampling(vocab):
         yield _case("drawing:draw_rows", types, constants | {"num_warps": 16})
 
 
+def _logprobs(vocab, kind):
+    given = {"logits_ptr": f"*{kind}", "token_ids_ptr": "*i64", "counts_ptr": "*i32", "row_stride": "i32!"}
+    own = _pointers("peaks_ptr sums_ptr", "fp32") | {"above_ptr": "*i32", "best_ptr": "*i64"}
+    yield _case("logprobs:read_parts", given | own | {"vocab": "i32!"}, logprobs.parts_constants(20))
+    found = {"ids_ptr": "*i64", "values_ptr": "*fp32", "ranks_ptr": "*i64", "parts": "i32"}
+    yield _case("logprobs:report_rows", given | own | found, logprobs.rows_constants(vocab, 20))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", _TYPES)
 def test_layers_compile(compile_kernels, kind):
@@ -97,7 +106,7 @@ def test_layers_compile(compile_kernels, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [49152, 128256, 262144])
 def test_sampling_compiles(compile_kernels, vocab):
-    compile_kernels(list(_sampling(vocab)))
+    compile_kernels([*_sampling(vocab), *(case for kind in _TYPES for case in _logprobs(vocab, kind))])
 
 
 def test_a_few_compile(compile_kernels):
