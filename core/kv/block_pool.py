@@ -71,10 +71,7 @@ class BlockPool:
     def share(self, block: int) -> None:
         """One more reference to a block, which may be free (a prefix hit)."""
         if self._refs[block] == 0:
-            before, after = self._prev[block], self._next[block]
-            self._next[before] = after
-            self._prev[after] = before
-            self.num_free -= 1
+            self._unlink(block)
         self._refs[block] += 1
         if not block % self.lives.stride:
             self.lives.use(block)
@@ -129,9 +126,22 @@ class BlockPool:
             self._keys[block] = None
 
     def forget_all(self) -> None:
-        """Empty the prefix cache; held blocks stay held."""
+        """Empty the prefix cache; held blocks stay held. What was cached is allocated next: its memory has been touched
+        already, while that of blocks never used would be taken from the system in addition."""
+        cached = [block for block in self._cached.values() if self._refs[block] == 0]
+        for block in cached:
+            self._unlink(block)
+            self._refs[block] = 1
         self._cached.clear()
         self._keys = [None] * self.num_blocks
+        self.release(cached)
+
+    def _unlink(self, block: int) -> None:
+        """Out of the free list."""
+        before, after = self._prev[block], self._next[block]
+        self._next[before] = after
+        self._prev[after] = before
+        self.num_free -= 1
 
     def block_map(self, stride: int = 1) -> bytes:
         """One byte for every `stride`-th usable block, in order of id: 0 free, 1 free but cached, 2 held once, 3 held

@@ -139,6 +139,19 @@ def test_forgetting_all_leaves_held_blocks_held():
     pool.check_integrity({a: 1})
 
 
+def test_what_was_forgotten_is_used_again_before_blocks_that_never_were():
+    """Their memory may not have been touched yet."""
+    pool = BlockPool(9)
+    for round_ in range(3):
+        blocks = pool.allocate(3)
+        for block in blocks:
+            pool.publish(block, key(f"{block} {round_}"))
+        pool.release(blocks)
+        pool.forget_all()
+        assert sorted(blocks) == [1, 2, 3]
+    pool.check_integrity({})
+
+
 class TestIntegrity:
     """Each thing that `check_integrity` promises to name."""
 
