@@ -27,6 +27,11 @@ from interlace.worker.streams import CudaStream, Stream
 Allocate = Callable[[KVCacheConfig, AttentionPlan], dict[int, LayerCache]]
 """`Worker._allocate`."""
 
+_LOWER = (
+    "lower scheduler.max_num_batched_tokens (now {limits.max_num_batched_tokens}) or scheduler.max_num_seqs (now "
+    "{limits.max_num_seqs})"
+)
+
 
 def stream_for(device: str) -> Stream | None:
     """The stream of a device that the host can run ahead of; None for the CPU."""
@@ -69,11 +74,17 @@ def profile_memory(
         full, rest = divmod(num_tokens, longest)
         lens = [longest] * full + ([rest] if rest else [])
         outputs = min(limits.max_num_seqs, num_tokens)
-        return stream.peak_memory(
-            lambda: _run_step(
-                stream.device, model, kernels, attention, layers, lens, context, outputs, spec.cache.block_size
+        try:
+            return stream.peak_memory(
+                lambda: _run_step(
+                    stream.device, model, kernels, attention, layers, lens, context, outputs, spec.cache.block_size
+                )
             )
-        )
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"a step of {num_tokens} tokens does not fit into what the weights leave free on {spec.device}, even "
+                f"without a KV cache: {error}; {_LOWER.format(limits=limits)}"
+            ) from error
 
     largest = peak(limits.max_num_batched_tokens, min(spec.max_model_len, limits.max_num_batched_tokens), 0)
     decode = peak(min(limits.max_num_seqs, limits.max_num_batched_tokens), 1, spec.max_model_len - 1)
@@ -129,8 +140,7 @@ def measured_cache(
         raise CapacityError(
             f"nothing is left for the KV cache: {format_bytes(free_bytes)} are free on {spec.device} beside the "
             f"weights, but the largest step takes {format_bytes(profile.largest_step)} and one in which all "
-            f"requests decode {format_bytes(profile.decode_step)}; lower scheduler.max_num_batched_tokens (now "
-            f"{spec.limits.max_num_batched_tokens}) or scheduler.max_num_seqs (now {spec.limits.max_num_seqs})"
+            f"requests decode {format_bytes(profile.decode_step)}; {_LOWER.format(limits=spec.limits)}"
         )
     kv = size_cache(spec, attention, left)
     kv = msgspec.structs.replace(kv, num_blocks=min(kv.num_blocks, planned.num_blocks))

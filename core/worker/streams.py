@@ -83,6 +83,8 @@ class CudaStream(Stream):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share their memory
+        # What torch captures on by default belongs to the device on which this process captured first.
+        self._capture_stream = torch.cuda.Stream(device)
 
     def submit(self, work: Work) -> Completion:
         with self.current():
@@ -100,14 +102,19 @@ class CudaStream(Stream):
 
     def capture(self, work: Work) -> Work:
         with self.current():
-            work()  # compiles kernels and takes workspaces, which a capture cannot
+            torch.cuda.synchronize()
+            # On the same stream: libraries keep a workspace per stream, which must not come from the graphs' memory.
+            with torch.cuda.stream(self._capture_stream):
+                work()  # also compiles kernels, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # The outer context restores the stream, which the inner one does not if the capture fails. thread_local:
             # other threads of the process may use CUDA meanwhile, another engine's for one.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._capture_stream, capture_error_mode="thread_local"
+                ),
             ):
                 work()
 

@@ -13,6 +13,8 @@ from interlace.plugins.triton.runtime import launch
 _TILE = 1024
 """Values of short rows (heads) that one program takes on."""
 _MAX_WARPS = 16
+_UNSPECIALISED = ("num_rows",)
+"""Changes from step to step: Triton must not compile anew for 1 row, or multiples of 16."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
@@ -58,7 +60,7 @@ def _normalise(x, weight, size, eps, UNIT_OFFSET: tl.constexpr, DTYPE: tl.conste
     return (normed.to(DTYPE).to(tl.float32) * weight.to(tl.float32)).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def rms_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -83,7 +85,7 @@ def rms_norm_kernel(
     tl.store(out_ptr + rows[:, None] * size + columns[None, :], normed, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def add_rms_norm_kernel(
     x_ptr,
     residual_ptr,

@@ -68,10 +68,7 @@ class TuningStore:
     def get(self, key: str) -> KernelConfig | None:
         """What is known for `key`; None where there is nothing, or nothing of use."""
         found = self._read().get(key)
-        try:
-            return KernelConfig(**found) if isinstance(found, dict) and _is_sound(found) else None
-        except TypeError:
-            return None
+        return KernelConfig(**found) if isinstance(found, dict) and _is_sound(found) else None
 
     def put(self, key: str, config: KernelConfig) -> None:
         """Keep `config`, and what others wrote meanwhile."""
@@ -122,9 +119,12 @@ def prefill_candidates(shape: LayerShape) -> list[KernelConfig]:
 
 def _is_sound(found: dict[str, Any]) -> bool:
     """Powers of two within what the kernels are written for: a file may have been edited."""
-    return all(
-        isinstance(value, int) and 1 <= value <= limit and (name == "stages" or value & (value - 1) == 0)
-        for (name, value), limit in zip(sorted(found.items()), (256, 16, 128, 16), strict=False)
+    limits = {"rows": (16, 256), "tile": (16, 128), "warps": (1, 16), "stages": (1, 16)}
+    return found.keys() == limits.keys() and all(
+        isinstance(found[name], int)
+        and least <= found[name] <= most
+        and (name == "stages" or found[name] & (found[name] - 1) == 0)
+        for name, (least, most) in limits.items()
     )
 
 

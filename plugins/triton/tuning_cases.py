@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterable
@@ -33,8 +34,10 @@ def find_best(
 ) -> KernelConfig:
     """The fastest of `candidates` for `kind` (decode, prefill). Gives its memory back to the device, where the KV cache
     is yet to come."""
-    best = pick_fastest(candidates, _make_measure(kind, shape, dtype, device))
-    torch.cuda.empty_cache()
+    with torch.cuda.device(device):  # kernels and events go to the current one
+        best = pick_fastest(candidates, _make_measure(kind, shape, dtype, device))
+        gc.collect()  # errors of those that did not run hold on to what they were measured with
+        torch.cuda.empty_cache()
     return best
 
 

@@ -16,7 +16,17 @@ from interlace.worker.streams import CudaStream
 @pytest.fixture
 def cuda(monkeypatch):
     """Everything of torch.cuda that the stream calls, recorded in one list of calls."""
-    names = ("graph_pool_handle", "device", "stream", "current_stream", "synchronize", "CUDAGraph", "graph", "Event")
+    names = (
+        "graph_pool_handle",
+        "device",
+        "stream",
+        "current_stream",
+        "synchronize",
+        "CUDAGraph",
+        "graph",
+        "Event",
+        "Stream",
+    )
     fake = MagicMock()
     for name in names:
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
@@ -25,7 +35,7 @@ def cuda(monkeypatch):
 
 def test_the_real_names_take_these_arguments():
     graph = inspect.signature(torch.cuda.graph.__init__).parameters
-    assert {"pool", "capture_error_mode"} <= set(graph)
+    assert {"pool", "stream", "capture_error_mode"} <= set(graph)
     assert "blocking" in inspect.signature(torch.cuda.Event.__new__).parameters
     for name in ("mem_get_info", "reset_peak_memory_stats", "max_memory_reserved", "memory_allocated", "empty_cache"):
         assert callable(getattr(torch.cuda, name))
@@ -61,6 +71,18 @@ def test_a_graph_keeps_its_work_alive(cuda):
     del replay
     gc.collect()
     assert alive() is None
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_own_device(cuda):
+    """The warm-up runs on it, too; both wait for what was submitted before."""
+    CudaStream(torch.device("cuda", 1)).capture(lambda: cuda.work())
+    cuda.Stream.assert_called_once_with(torch.device("cuda", 1))
+    cuda.device.assert_called_with(torch.device("cuda", 1))
+    own = cuda.Stream.return_value
+    assert cuda.graph.call_args.kwargs["stream"] is own
+    order = [name for name, *_ in cuda.mock_calls if name in ("synchronize", "stream", "work", "graph")]
+    assert order == ["synchronize", "stream", "work", "synchronize", "stream", "graph", "work"]
+    assert [call.args for call in cuda.stream.call_args_list] == [(own,), (cuda.current_stream.return_value,)]
 
 
 def test_a_capture_that_fails_raises(cuda):

@@ -239,6 +239,18 @@ def test_the_cache_gets_what_the_largest_step_leaves(tiny_spec, drive):
     assert drive(exact, FakeStream(peak=1 << 20)).info.kv.num_blocks == (64 << 10) // plenty.info.kv.bytes_per_block
 
 
+def test_a_step_that_does_not_fit_says_what_to_lower(tiny_spec, drive, monkeypatch):
+    def no_memory(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(device_start, "_run_step", no_memory)
+    wanted = (
+        r"a step of 24 tokens does not fit .* Tried to allocate 2.00 GiB.; lower .*tokens \(now 24\) or .*\(now 6\)"
+    )
+    with pytest.raises(CapacityError, match=wanted):
+        drive(tiny_spec(), FakeStream())
+
+
 def test_inference_mode_reaches_the_device(tiny_spec, drive):
     """Work that the fake device runs late runs as it would have at once."""
     driver = drive(tiny_spec(graphs=False), FakeStream())

@@ -60,6 +60,7 @@ def test_what_is_kept_is_read(tmp_path):
         {"rows": 16, "tile": 256, "warps": 4, "stages": 2},
         {"rows": 16, "tile": 64, "warps": "4", "stages": 2},
         {"rows": 16, "tile": 64, "warps": 4, "stages": 0},
+        {"rows": 8, "tile": 64, "warps": 4, "stages": 2},
         {"rows": 16, "tile": 64, "warps": 4, "stages": 2, "more": 1},
     ],
 )
