@@ -35,15 +35,21 @@ def test_a_worker_in_the_same_process_exchanges_nothing(capsys, tiny):
         assert one["exchanged_bytes"] == {} and one["plan_bytes"] > 50 and one["result_bytes"] > 50
 
 
+SUMMED = {"all_reduce": 4 * 5 * 32 * 4, "all_gather": 4 * 258 // 2 * 4}
+"""Two sums a layer and one for the embedding, of float32 vectors of 32; half the logits of each rank."""
+GATHERED = {"all_reduce": 4 * 32 * 4, "all_gather": 4 * 2 * (16 + 16 + 24 + 16) * 4 + SUMMED["all_gather"]}
+"""The sum of the embedding; a layer's heads, its outputs of attention, its feed-forward network's, half of each."""
+
+
 @pytest.mark.slow
-def test_what_ranks_exchange_is_counted(capsys, tiny):
-    """Two sums a layer and one for the embedding, of float32 vectors of 32; half the logits of each rank."""
-    flags = ("--requests", "4", "--steps", "5", "--json", "--executor.use", "multiprocess")
+@pytest.mark.parametrize(("weights", "expected"), [("float32", SUMMED), ("int8", GATHERED)])
+def test_what_ranks_exchange_is_counted(capsys, tiny, weights, expected):
+    flags = ("--requests", "4", "--steps", "5", "--json", "--executor.use", "multiprocess", "--weights", weights)
     ranks = "--executor.options.multiprocess.tensor_parallel"
     code, out, err = run(capsys, "bench", "executor", *tiny, *flags, ranks, "2")
     assert code == 0, err
     (one,) = json.loads(out)["steps"]
-    assert one["exchanged_bytes"] == {"all_reduce": 4 * 5 * 32 * 4, "all_gather": 4 * 258 // 2 * 4}
+    assert one["exchanged_bytes"] == expected
 
 
 @pytest.mark.parametrize("wrong", [("--requests", "0"), ("--requests", "1,x"), ("--requests", "7"), ("--steps", "0")])
