@@ -32,8 +32,12 @@ SetUpLog = Callable[[ResolvedSpec, int], None]
 """(spec, level): called before anything is logged."""
 
 
-def serve_engine(connection: EngineConnection, set_up_log: SetUpLog, settle: Settle = lambda spec: spec) -> int:
-    """Serve one engine until told to stop, or until the front is gone; the exit status. See `interfaces.host`."""
+def serve_engine(
+    connection: EngineConnection, set_up_log: SetUpLog, settle: Settle = lambda spec: spec, *, hosted: bool = False
+) -> int:
+    """Serve one engine until told to stop, or until the front is gone; the exit status. See `interfaces.host`.
+
+    `hosted`: whoever started the process may end it by `SystemExit`, and then says why at the other end of the link."""
     executor: Executor | None = None
     loop: EngineLoop | None = None
 
@@ -68,7 +72,8 @@ def serve_engine(connection: EngineConnection, set_up_log: SetUpLog, settle: Set
         with StepWatchdog(loop, clock, spec.step_timeout_s, lambda error, report: _give_up(connection, error, report)):
             loop.run()
     except BaseException as error:
-        say(Died(RemoteError.of(error)))
+        if not (hosted and isinstance(error, SystemExit)):
+            say(Died(RemoteError.of(error)))
         code = 1
     finally:
         if executor is not None:
@@ -83,7 +88,7 @@ def serve_remotely(connection: EngineConnection, settle: Settle) -> int:
     def forward_log(spec: ResolvedSpec, level: int) -> None:
         logging.basicConfig(level=level, handlers=[_LogToFront(connection)], format="%(message)s", force=True)
 
-    return serve_engine(connection, forward_log, settle)
+    return serve_engine(connection, forward_log, settle, hosted=True)
 
 
 def _give_up(connection: EngineConnection, error: TimeoutError, report: str) -> None:

@@ -111,7 +111,8 @@ def serve_engine(connection: EngineConnection, settle: Callable[[ResolvedSpec], 
     To be called in the main thread of a process that exists for nothing else: logging is taken over (lines go to the
     front), and a step that hangs ends the process. `settle` is given the spec as the front has it, and returns what is
     to run here: an executor with no host of its own, and the device, threads and memory that are this engine's. What
-    goes wrong, in `settle` too, is told to the front."""
+    goes wrong, in `settle` too, is told to the front; not so `SystemExit`, by which a host may end the process: there
+    `EngineLink.obituary` says why."""
     from interlace.engine.serving import serve_remotely
 
     return serve_remotely(connection, settle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
-from interlace.errors import CapacityError, InterlaceError
+from interlace.engine.process_client import ProcessClient
+from interlace.errors import CapacityError, EngineDeadError, InterlaceError
 from interlace.interfaces.executor import WORKER_DIED
+from interlace.plugins.executors.cluster.engine_link import ray_host
 from interlace.plugins.executors.ray import RayExecutor
 from interlace.testing import ExecutorConformance
 from interlace.testing.executor_driver import Driver
@@ -158,6 +161,7 @@ def test_the_launcher_killed_takes_all_with_it(spec_of):
 ENGINE = """
 import sys
 import msgspec
+from interlace.plugins.executors.cluster.engine_link import ray_host
 from interlace.plugins.executors.ray import RayExecutor
 from interlace.spec import ResolvedSpec
 
@@ -266,3 +270,77 @@ def test_something_else_at_the_address(spec_of):
         spec = spec_of(address=address, placement_timeout_s=3.0)
         with pytest.raises(InterlaceError, match=f"'{address}': Ray has not answered within 3 s"), started(spec):
             pass
+
+
+# ── whole engines ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Whole:
+    """The client of an engine that is an actor, not started. `deaths`: what it said of the engine's end."""
+
+    def __init__(self, spec):
+        self.link = ray_host(spec.executor.options).link(spec)
+        self.client = ProcessClient(spec, self.link)
+        self.deaths = queue.SimpleQueue()
+
+    def start(self):
+        return self.client.start(lambda output: None, self.deaths.put)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.client.shutdown()
+
+
+def test_an_engine_ends_with_its_launcher(spec_of):
+    with Whole(spec_of(engine_core="cluster")) as whole:
+        assert whole.client.health().status == "ok"
+        os.kill(whole.link._launcher.pid, signal.SIGKILL)
+        assert "is gone: the process that speaks to Ray (pid " in str(whole.deaths.get(timeout=30))
+    wait_gone(whole.client.pid)
+
+
+def test_a_frozen_engine_is_killed(spec_of, caplog):
+    import msgspec
+
+    spec = msgspec.structs.replace(spec_of(engine_core="cluster"), step_timeout_s=0.5)
+    with Whole(spec) as whole:
+        os.kill(whole.client.pid, signal.SIGSTOP)
+        assert "it answered nothing for 0.5 s" in str(whole.deaths.get(timeout=30))
+        assert whole.client.pid not in psutil.pids() or psutil.Process(whole.client.pid).wait(10) is None
+    assert "it did not answer: it is stopped, or in native code" in caplog.text
+
+
+def test_an_engine_that_is_killed_while_it_loads(spec_of, monkeypatch):
+    whole = Whole(spec_of(engine_core="cluster"))
+    real = whole.link.start
+
+    def start_and_die():
+        real()
+        os.kill(whole.link.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(whole.link, "start", start_and_die)
+    with pytest.raises(EngineDeadError, match=r"the engine process \(pid \d+ on node [\d.]+\) is gone: .*has died"):
+        whole.start()
+
+
+def test_an_engine_that_waits_for_room_can_be_given_up(spec_of):
+    whole = Whole(spec_of(engine_core="cluster", threads_per_rank=64, placement_timeout_s=300.0))
+    failures = queue.SimpleQueue()
+
+    def start():
+        try:
+            whole.start()
+        except InterlaceError as error:
+            failures.put(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    while whole.link._launcher is None:
+        threading.Event().wait(0.05)
+    launcher = whole.link._launcher.pid
+    whole.client.shutdown()
+    thread.join(30)
+    assert not failures.empty() and not psutil.pid_exists(launcher)

@@ -46,23 +46,27 @@ LONG = {**SHORT, "max_tokens": 6000, "stream": True}
 
 
 def documented():
-    """The `[executor]` sections of the documentation: of `multiprocess`, then of `ray`."""
+    """The configurations of the documentation: `multiprocess`, `ray`, and whole engines in the cluster."""
     section = DOCUMENT.read_text().partition("## Several machines: Ray")[2].partition("\n## ")[0]
     blocks = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
     assert ['use = "multiprocess"' in block for block in blocks[:2]] == [True, False]
-    return blocks[:2]
+    assert 'engine_core = "cluster"' in blocks[2] and "replicas = 4" in blocks[2]
+    return blocks[:3]
+
+
+def command(folder, executor, *flags):
+    (folder / "config.json").write_text(json.dumps(TINY))
+    config = folder / "engine.toml"
+    config.write_text(f'model = "{folder}"\ndevice = "cpu"\nmax_model_len = 8192\n{SETTINGS}\n{executor}')
+    return [sys.executable, "-c", RUN, "serve", "--config", str(config), *flags]
 
 
 class Server:
     """`interlace serve` in a process of its own."""
 
     def __init__(self, folder, executor, *flags):
-        (folder / "config.json").write_text(json.dumps(TINY))
-        config = folder / "engine.toml"
-        config.write_text(f'model = "{folder}"\ndevice = "cpu"\nmax_model_len = 8192\n{SETTINGS}\n{executor}')
         self._log = (folder / f"log-{time.monotonic_ns()}").open("w+b")
-        command = [sys.executable, "-c", RUN, "serve", "--config", str(config), *flags]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        self.process = subprocess.Popen(command(folder, executor, *flags), stdout=self._log, stderr=self._log)
         self.until(lambda: ADDRESS.search(self.log), 120)
         self.client = httpx.Client(base_url=ADDRESS.search(self.log)[1].rstrip('",'), timeout=60)
 
@@ -93,7 +97,8 @@ class Server:
 
     def close(self):
         self.client.close()
-        self.process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
         status = self.process.wait(60)
         self._log.close()
         return status
@@ -120,10 +125,21 @@ def streaming(server):
     assert not reader.is_alive()
 
 
-def ranks_of(raylets):
-    """Rank process → the node it is on."""
+def ranks_of(raylets, kind="RankActor"):
+    """Rank process → the node it is on. `EngineActor`: of whole engines."""
     children = {child: pid for pid in raylets for child in psutil.Process(pid).children()}
-    return {child: pid for child, pid in children.items() if "RankActor" in child.name() + "".join(child.cmdline())}
+    return {child: pid for child, pid in children.items() if kind in child.name() + "".join(child.cmdline())}
+
+
+def engines_of(raylets):
+    return ranks_of([pid for pid in raylets if psutil.pid_exists(pid)], "EngineActor")
+
+
+def kill_node(raylet):
+    """Everything that runs on a simulated node, at once: the machine is gone."""
+    node = psutil.Process(raylet)
+    for process in (node, *node.children(recursive=True)):
+        process.kill()
 
 
 def on(cluster, block):
@@ -134,7 +150,7 @@ def on(cluster, block):
 
 
 def test_from_multiprocess_to_ray_by_one_section_and_on_when_a_node_is_lost(ray_cluster, tmp_path):
-    multiprocess, ray = documented()
+    multiprocess, ray, _ = documented()
     with serving(tmp_path, multiprocess) as server:
         expected = server.complete()
     third = ray_cluster.add_node()
@@ -145,9 +161,7 @@ def test_from_multiprocess_to_ray_by_one_section_and_on_when_a_node_is_lost(ray_
         victim = max(ranks.values(), key=lambda node: (node == third, node != ray_cluster.raylets[0]))
         (lost,) = [rank.pid for rank, node in ranks.items() if node == victim]
         with streaming(server) as chunks:
-            node = psutil.Process(victim)
-            for process in (node, *node.children(recursive=True)):
-                process.kill()
+            kill_node(victim)
         error = chunks[-1]["error"]
         assert error["code"] == "engine_restarting"
         assert f"(pid {lost} on node " in error["message"] and " is lost: nothing answers there" in error["message"]
@@ -181,3 +195,90 @@ def test_a_cluster_of_its_own(ray_environment, tmp_path):
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert any("gcs_server" in process.name() for process in family)
     assert not psutil.wait_procs(family, 10)[1], "it ends with the server"
+
+
+# ── whole engines in the cluster ──────────────────────────────────────────────────────────────────────────────
+
+
+def whole(cluster, replicas=2, **options):
+    """The documented configuration, for this cluster."""
+    block = re.sub(r'address = ".*"', f'address = "{cluster.address}"', documented()[2])
+    block = block.replace("replicas = 4", f"replicas = {replicas}").replace(
+        "threads_per_rank = 4", "threads_per_rank = 1"
+    )
+    return block + "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+
+
+def test_replicas_in_the_cluster_are_lost_and_come_back_one_by_one(ray_cluster, tmp_path):
+    with serving(tmp_path, "") as server:
+        expected = server.complete()
+    third = ray_cluster.add_node()
+    config = whole(ray_cluster, 3, placement_timeout_s=60.0)
+    with serving(tmp_path, config, "--router.use", "round_robin") as server:
+        engines = engines_of(ray_cluster.raylets)
+        assert len(engines) == 3 and set(engines.values()) >= {third}, "Ray spreads them"
+        assert [server.complete() for _ in range(3)] == [expected] * 3
+        assert server.log.count(" on node ") >= 3, "their logs are the server's"
+        (victim,) = [engine for engine, node in engines.items() if node == third]
+
+        with contextlib.ExitStack() as reading:
+            answers = [reading.enter_context(streaming(server)) for _ in range(3)]
+            victim.kill()
+        lost = one_lost(answers)
+        assert re.search(rf"replica \d of 3: the engine process \(pid {victim.pid} on node [\d.]+\) is gone: ", lost)
+        assert "its worker process has died" in lost, "Ray's own words"
+        server.until(lambda: server.client.get("/health").json()["status"] == "ok")
+        assert [server.complete() for _ in range(3)] == [expected] * 3
+
+        engines = engines_of(ray_cluster.raylets)
+        assert len(engines) == 3 and victim not in engines
+        node = next(node for node in engines.values() if node != ray_cluster.raylets[0])
+        with contextlib.ExitStack() as reading:
+            answers = [reading.enter_context(streaming(server)) for _ in range(3)]
+            kill_node(node)
+        assert " is lost: nothing answers there" in one_lost(answers)
+        health = server.client.get("/health")
+        assert health.status_code == 200 and health.json()["status"] == "degraded"
+        server.until(lambda: server.client.get("/health").json()["status"] == "ok")
+        assert [server.complete() for _ in range(3)] == [expected] * 3
+        metrics = server.client.get("/metrics").text
+        assert len(re.findall(r'^interlace:engine_up{.*engine="[012]".*} 1', metrics, re.MULTILINE)) == 3
+        engines = engines_of(ray_cluster.raylets)
+        assert len(engines) == 3 and node not in engines.values(), "on the nodes that are left"
+    assert not engines_of(ray_cluster.raylets)
+
+
+def one_lost(answers):
+    """Exactly one of them ended with an error, which is this; the others ended as they should."""
+    ends = [chunks[-1] for chunks in answers]
+    errors = [end["error"] for end in ends if "error" in end]
+    assert [error["code"] for error in errors] == ["engine_restarting"], ends
+    assert all(end["choices"][0]["finish_reason"] == "length" for end in ends if "error" not in end)
+    return errors[0]["message"]
+
+
+def test_a_front_that_is_killed_leaves_no_actor(ray_cluster, tmp_path):
+    config = whole(ray_cluster, 1, tensor_parallel=2)
+    server = Server(tmp_path, config)
+    assert server.complete()
+    (engine,) = engines_of(ray_cluster.raylets)
+    family = [engine, *engine.children(recursive=True), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert len(engine.children()) >= 2, "its ranks are processes of its node"
+    server.process.kill()
+    assert not psutil.wait_procs(family, 20)[1]
+    assert server.close() == -signal.SIGKILL
+
+
+def test_engines_that_cannot_start(ray_cluster, tmp_path):
+    def why(config, *flags):
+        done = subprocess.run(command(tmp_path, config, *flags), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    text = why(whole(ray_cluster, placement_timeout_s=1.0, tensor_parallel=64))
+    assert "no room for engine " in text and " of 2: asked for 64 CPU on one node, not given within" in text
+    text = why(whole(ray_cluster, 1), "--cache.memory", "1KiB")
+    assert "(said on node " in text
+    text = why(whole(ray_cluster, 1).replace(ray_cluster.address, ""))
+    assert "engine_core = 'cluster' needs the address of a cluster" in text
+    assert not engines_of(ray_cluster.raylets)
