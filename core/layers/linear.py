@@ -165,7 +165,9 @@ class RowParallelLinear(Linear):
         columns: Sequence[slice] | None = None,
     ) -> None:
         self._parallel = build.parallel
-        self._widths: tuple[list[int], list[int]] | None = None  # inputs and outputs of each rank, to be gathered
+        self._widths: tuple[tuple[int, ...], tuple[int, ...]] | None = (
+            None  # inputs and outputs of each rank, to be gathered
+        )
         rank, size = build.parallel.rank, build.parallel.size
         columns = columns or _shares(in_size, size, f"the inputs of {name}", build.grain)
         part = LinearPart(name, (out_size, in_size), columns=columns[rank])
@@ -186,5 +188,5 @@ def _shares(total: int, size: int, what: str, grain: int = 1) -> list[slice]:
     return [share(total, rank, size, what, grain) for rank in range(size)]
 
 
-def _widths(parts: Sequence[slice]) -> list[int]:
-    return [part.stop - part.start for part in parts]
+def _widths(parts: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in parts)

@@ -1,8 +1,9 @@
-"""What a sum over tensor ranks costs: gloo over the loopback against shared memory, ranks as processes.
+"""What sums and gathers over tensor ranks cost: gloo over the loopback against shared memory, ranks as processes.
 
     python docs/benchmarks/collectives.py [--ranks 2] [--width 576] [--tokens 1 16 64 256 2048]
 
-Each figure is the least of five runs, in microseconds per sum of float32 activations [tokens, width].
+Each figure is the least of five runs, in microseconds per exchange of float32 activations: the sum of [tokens, width],
+and the gather of equal parts of them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,18 @@ def run_rank(args: argparse.Namespace, store: int, seat: BoardSeat) -> None:
     with torch.inference_mode():
         for tokens in args.tokens:
             x = torch.zeros(tokens, args.width)
+            widths = [args.width // args.ranks] * args.ranks
+            part, parts = x[:, : widths[0]].contiguous(), [torch.zeros(tokens, width) for width in widths]
+            acts: list[Callable[[], object]] = [
+                lambda x=x: group.allreduce([x]).wait(),
+                lambda x=x: board.all_reduce(x),
+                lambda part=part, parts=parts: (group.allgather([parts], [part]).wait(), torch.cat(parts, dim=1)),
+                lambda part=part, widths=widths: board.all_gather(part, widths),
+            ]
             count = max(4, min(100, 20000 // (tokens + 100)))
-            gloo_us = measure(lambda x=x: group.allreduce([x]).wait(), count)
-            board_us = measure(lambda x=x: board.all_reduce(x), count)
+            found = [measure(act, count) for act in acts]
             if seat.rank == 0:
-                print(f"| {tokens} | {x.nbytes} | {gloo_us:.0f} | {board_us:.0f} |", flush=True)
+                print(f"| {tokens} | {x.nbytes} | {' | '.join(f'{us:.0f}' for us in found)} |", flush=True)
 
 
 def measure(act: Callable[[], object], count: int) -> float:
@@ -68,7 +76,8 @@ def main() -> int:
     if args.rank:
         run_rank(args, int(args.rank[0]), msgspec.json.decode(args.rank[1], type=BoardSeat))
         return 0
-    print(f"| tokens | bytes | gloo, us | shared memory, us |   ({args.ranks} ranks)\n|---|---|---|---|", flush=True)
+    columns = ("tokens", "bytes", "sum: gloo, us", "shared memory", "gather: gloo", "shared memory")
+    print(f"{args.ranks} ranks\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     store = os.memfd_create("store")
     ranks = [
         subprocess.Popen(

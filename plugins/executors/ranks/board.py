@@ -8,6 +8,7 @@ it has done with the one before.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import torch
 from interlace.plugins.executors.ranks.meeting import PLACE_BYTES, BoardSeat
 
 _MAX_VIEWS = 512
+_Kind = tuple[torch.Size, tuple[int, ...] | None, torch.dtype]
+"""What is exchanged: shape on this rank, length of its last dimension on each if that is not the same, and type."""
 
 
 class Board:
@@ -31,15 +34,15 @@ class Board:
         self._round = 0
         data = mmap.mmap(seat.memory, 2 * self._size * PLACE_BYTES)
         self._places = torch.frombuffer(data, dtype=torch.uint8).view(2, self._size, PLACE_BYTES)
-        self._views: dict[tuple[tuple[int, ...], torch.dtype], tuple[tuple[torch.Tensor, ...], ...]] = {}
+        self._views: dict[_Kind, tuple[tuple[torch.Tensor, ...], ...]] = {}
 
-    def exchange(self, x: torch.Tensor, counts: tuple[int, ...] | None = None) -> Sequence[torch.Tensor]:
-        """The flat `x` of every rank, in rank order; valid until the second exchange from now.
+    def exchange(self, x: torch.Tensor, widths: tuple[int, ...] | None = None) -> tuple[torch.Tensor, ...]:
+        """`x` of every rank, in rank order; valid until the second exchange from now.
 
-        `x`: contiguous, at most `PLACE_BYTES`, of the same dtype on all ranks. `counts`: values of each rank's, by
-        default as many as here."""
-        places = self._view(counts or (x.numel(),) * self._size, x.dtype)[self._round & 1]
-        places[self._rank].copy_(x.view(-1))
+        `x`: contiguous, at most `PLACE_BYTES`, of the same dtype and shape on all ranks, but for the last dimension if
+        `widths` says what that is on each."""
+        places = self._view((x.shape, widths, x.dtype))[self._round & 1]
+        places[self._rank].copy_(x)
         for descriptor in self._raises:
             os.eventfd_write(descriptor, 1)
         raised = self._raised
@@ -65,17 +68,18 @@ class Board:
         length = PLACE_BYTES // max(1, max(widths) * x.element_size())
         if not length:
             return None
-        rows = x.view(-1, x.shape[-1])
-        gathered = x.new_empty((len(rows), sum(widths)))
-        for start in range(0, len(rows), length):
-            piece = rows[start : start + length]
-            count = len(piece)
-            parts = self.exchange(piece, tuple(count * width for width in widths))
-            shaped = [part.view(count, width) for part, width in zip(parts, widths, strict=True)]
-            torch.cat(shaped, dim=1, out=gathered[start : start + count])
-        return gathered.view(*x.shape[:-1], gathered.shape[1])
+        widths = tuple(widths)
+        rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        if 0 < len(rows) <= length:
+            gathered = torch.cat(self.exchange(rows, widths), dim=1)
+        else:
+            gathered = x.new_empty((len(rows), sum(widths)))
+            for start in range(0, len(rows), length):
+                parts = self.exchange(rows[start : start + length], widths)
+                torch.cat(parts, dim=1, out=gathered[start : start + length])
+        return gathered if x.dim() == 2 else gathered.view(*x.shape[:-1], gathered.shape[1])
 
-    def _sum_into(self, total: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    def _sum_into(self, total: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
         if self._size == 2:
             torch.add(parts[0], parts[1], out=total)
         elif total.dtype is torch.float32:
@@ -83,17 +87,19 @@ class Board:
             for part in parts[2:]:
                 total += part
         else:  # rounded once
-            total.copy_(torch.stack(tuple(parts)).sum(0, dtype=torch.float32))
+            total.copy_(torch.stack(parts).sum(0, dtype=torch.float32))
 
-    def _view(self, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Of either half of the board: the first values in each rank's place."""
-        views = self._views.get((counts, dtype))
+    def _view(self, kind: _Kind) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Of either half of the board: what each rank has in its place."""
+        views = self._views.get(kind)
         if views is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
+            shape, widths, dtype = kind
+            shapes = [(*shape[:-1], width) for width in widths or (shape[-1],) * self._size]
             views = tuple(
-                tuple(place.view(dtype)[:count] for place, count in zip(half, counts, strict=True))
+                tuple(place.view(dtype)[: math.prod(of)].view(of) for place, of in zip(half, shapes, strict=True))
                 for half in self._places
             )
-            self._views[counts, dtype] = views
+            self._views[kind] = views
         return views
