@@ -179,7 +179,7 @@ class ResolvedSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Runs in the front only."""
     replica: int = 0
     """Which of `num_replicas` equal engines this is. Their `threads`, `cache` and `device` are already what
-    `interlace.engine.sharing` dealt to each."""
+    `interlace.engine.sharing` dealt to each; where their executor has a host, that settles them on the spot."""
     num_replicas: int = 1
     part: int = 0
     """Which of `num_parts` equal parts of this machine's processors is this engine's, where it binds itself to some."""

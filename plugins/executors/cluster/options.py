@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -12,6 +13,8 @@ from interlace.plugins.executors.ranks.options import RankOptions, threads_of
 if TYPE_CHECKING:
     from interlace.spec import Component, ResolvedSpec
     from interlace.worker.place import Place
+
+logger = logging.getLogger("interlace.executors")
 
 
 class RayOptions(RankOptions):
@@ -51,6 +54,7 @@ class RayOptions(RankOptions):
                 "executor option all_reduce = 'shared_memory' is for ranks on one machine, as 'multiprocess' and "
                 "engine_core = 'cluster' have; those of 'ray' sum by gloo or NCCL: use 'auto'"
             )
+        self.stage_layers(spec)
         if self.devices:
             self._check_length("devices", len(self.devices))
         if self.cores and self.cores != ["auto"]:
@@ -102,6 +106,8 @@ class RayOptions(RankOptions):
 
         from interlace.worker.threads import plan_threads
 
+        if self.cores and sharers > 1:
+            logger.warning("executor option cores: all engines of a node bind themselves to the same processors")
         device = self.device(spec)
         parts = 1 if device.startswith("cuda") else sharers
         memory = spec.cache.memory_bytes
@@ -149,5 +155,6 @@ class RayOptions(RankOptions):
             tensor_size=self.tensor_parallel,
             stage=stage,
             num_stages=self.pipeline_parallel,
+            stage_layers=self.stage_layers(spec),
             **details,
         )

@@ -64,7 +64,7 @@ def test_every_option_of_multiprocess_is_one_of_ray():
     ("options", "text"),
     [
         ({"address": "ray://head:10001"}, "a Ray Client address does not do"),
-        ({"all_reduce": "shared_memory"}, "is for the ranks of one machine"),
+        ({"all_reduce": "shared_memory"}, "is for ranks on one machine"),
         ({"tensor_parallel": 2, "devices": ["cpu"]}, "devices has 1 entries for 2 ranks"),
         ({"tensor_parallel": 2, "devices": ["cpu", "cuda:0"]}, "names cpu and cuda"),
         ({"pipeline_parallel": 3, "cores": ["0"]}, "cores has 1 entries for 3 ranks"),
