@@ -84,6 +84,8 @@ class TritonAttention(AttentionBackend):
 
         self.turns_heads = self.options.fuse
         self._is_fp8 = getattr(options, "kv_dtype", "auto") == "fp8"
+        if self._is_fp8 and (reason := runtime.fp8_refusal(device)) is not None:
+            raise ValueError(f"kv_dtype = 'fp8' is not possible: it {reason}")
         itemsize = torch.empty(0, dtype=getattr(torch, dtype)).itemsize
         window = spec.window if spec.kind == "window" else 0
         group = spec.num_heads // spec.num_kv_heads

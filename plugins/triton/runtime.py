@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 LEAST_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs the kernels are written for (asynchronous copies, bfloat16)."""
 
+_FP8_CAPABILITY = (8, 9)
+"""The same for GPUs that convert to and from e4m3."""
+
 MAX_SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one program may use on a Hopper GPU."""
 
@@ -39,11 +42,15 @@ def refusal(device: str) -> str | None:
         return f"runs on CUDA devices, not on {device}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
+    return _capability_refusal(device, LEAST_CAPABILITY)
+
+
+def _capability_refusal(device: str, least: tuple[int, int]) -> str | None:
     found = torch.cuda.get_device_capability(torch.device(device))
-    if found < LEAST_CAPABILITY:
-        wanted, has = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))
-        return f"needs a GPU of compute capability {wanted} or newer, {device} has {has}"
-    return None
+    if found >= least:
+        return None
+    wanted, has = (".".join(map(str, version)) for version in (least, found))
+    return f"needs a GPU of compute capability {wanted} or newer, {device} has {has}"
 
 
 def auto_refusal(device: str) -> str | None:
@@ -57,6 +64,11 @@ def dtype_refusal(dtype: str, device: str) -> str | None:
     if torch.device(device).type == "cpu":
         allowed = ["float16", "float32"]  # the interpreter multiplies bfloat16 matrices wrongly
     return None if dtype in allowed else f"runs in {', '.join(allowed)} on {device}, not in {dtype}"
+
+
+def fp8_refusal(device: str) -> str | None:
+    """None if kernels read and write e4m3 on `device`, else the reason against, as a clause. `refusal` was None."""
+    return None if torch.device(device).type == "cpu" else _capability_refusal(device, _FP8_CAPABILITY)
 
 
 def multiprocessors(device: str) -> int:

@@ -213,6 +213,13 @@ def test_old_gpus_are_refused(monkeypatch):
     assert reason == "needs a GPU of compute capability 8.0 or newer, cuda:0 has 7.5"
 
 
+def test_an_8_bit_cache_is_refused_where_gpus_know_no_such_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    options = TritonAttention.Options(kv_dtype="fp8")
+    with pytest.raises(ValueError, match=r"kv_dtype = 'fp8' is not possible: it needs .* 8.9 or newer, cuda has 8.6"):
+        TritonAttention(options, AttentionSpec(4, 2, 64), 32, "float16", "cuda")
+
+
 WITHOUT = """
 import sys
 {before}
