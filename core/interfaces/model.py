@@ -33,6 +33,8 @@ class Parallel:
     stage: int = 0
     """Pipeline stage: which layers this rank holds."""
     num_stages: int = 1
+    stage_layers: tuple[int, ...] = ()
+    """How many layers each stage holds; empty: as even as they can be."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -43,7 +45,11 @@ class Parallel:
         return self.stage == self.num_stages - 1
 
     def layers_here(self, num_layers: int) -> range:
-        """Which of a model's layers this stage holds: a run of them, the first stages one more where it is uneven."""
+        """Which of a model's layers this stage holds: a run of them, as long as `stage_layers` says; where it says
+        nothing, the first stages hold one more where they do not come out even."""
+        if self.stage_layers:
+            start = sum(self.stage_layers[: self.stage])
+            return range(start, start + self.stage_layers[self.stage])
         each, more = divmod(num_layers, self.num_stages)
         first = self.stage * each + min(self.stage, more)
         return range(first, first + each + (self.stage < more))

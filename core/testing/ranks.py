@@ -54,7 +54,7 @@ class ThreadedParallel(Parallel):
 
     def __init__(self, place: Place, hall: _Hall) -> None:
         self.rank, self.size = place.tensor_rank, place.tensor_size
-        self.stage, self.num_stages = place.stage, place.num_stages
+        self.stage, self.num_stages, self.stage_layers = place.stage, place.num_stages, place.stage_layers
         self.place = place
         self._hall = hall
 

@@ -18,6 +18,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     tensor_size: int = 1
     stage: int = 0
     num_stages: int = 1
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each stage; empty: as even as they can be. See `interlace.worker.stages`."""
     device: str = ""
     """Empty: `spec.device`."""
     sharers: int = 1

@@ -304,7 +304,7 @@ def _plan_rank(spec: ResolvedSpec, place: Place) -> tuple[RankPlan, KVCacheConfi
     spec = msgspec.structs.replace(spec, device=place.device) if place.device else spec
     parallel = Parallel()
     parallel.rank, parallel.size = place.tensor_rank, place.tensor_size
-    parallel.stage, parallel.num_stages = place.stage, place.num_stages
+    parallel.stage, parallel.num_stages, parallel.stage_layers = place.stage, place.num_stages, place.stage_layers
     model_class = spec.architecture.load()
     check_pipeline(spec, model_class, parallel)
     attention = plan_attention(spec, model_class, parallel)

@@ -139,13 +139,13 @@ def test_plan_shows_what_each_rank_holds(capsys):
         for rank in plan["ranks"]
     ]
     assert shown == [
-        (0, 0, [0, 15], 6, 2, "cpu"),
-        (1, 0, [0, 15], 3, 1, "cpu"),
-        (2, 1, [15, 30], 6, 2, "cpu"),
-        (3, 1, [15, 30], 3, 1, "cpu"),
+        (0, 0, [0, 19], 6, 2, "cpu"),
+        (1, 0, [0, 19], 3, 1, "cpu"),
+        (2, 1, [19, 30], 6, 2, "cpu"),
+        (3, 1, [19, 30], 3, 1, "cpu"),
     ]
-    # The ranks with two KV heads have room for fewer blocks; 15 layers, keys and values, 2 heads of 64 in float32.
-    assert plan["kv"]["num_blocks"] == 8 * 2**20 // (15 * 2 * 2 * 64 * 4 * plan["kv"]["block_size"])
+    # The first rank has room for the fewest blocks; 19 layers, keys and values, 2 heads of 64 in float32.
+    assert plan["kv"]["num_blocks"] == 8 * 2**20 // (19 * 2 * 2 * 64 * 4 * plan["kv"]["block_size"])
     weights = [rank["weights_bytes"] for rank in plan["ranks"]]
     assert plan["memory"]["weights_bytes"] == sum(weights)
     # The tied embedding is on both stages: 49152 rows of 576.

@@ -64,7 +64,7 @@ class TorchParallel(Parallel):
     ) -> None:
         """`deterministic`: sum in the order of ranks, whatever the size of what is summed."""
         self.rank, self.size = place.tensor_rank, place.tensor_size
-        self.stage, self.num_stages = place.stage, place.num_stages
+        self.stage, self.num_stages, self.stage_layers = place.stage, place.num_stages, place.stage_layers
         self.traffic = Traffic()
         self._device = torch.device(device)
         self._in_rank_order = deterministic and self.size > 2  # of two, the order makes no difference

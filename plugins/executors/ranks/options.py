@@ -29,6 +29,11 @@ class RankOptions(BaseModel):
     pipeline_parallel: int = Field(
         default=1, ge=1, description="Stages the layers are dealt to; as many steps are under way."
     )
+    pipeline_layers: list[int] = Field(
+        default=[],
+        description="Layers of each stage, such as `[19, 11]`. Empty: dealt so that all stages take about as long to "
+        "decode a token, the head on the last one included.",
+    )
     devices: list[str] = Field(
         default=[],
         description="Device of each rank, in order of ranks (stage by stage). Empty: the CPU for all, or `cuda:0`, "
@@ -68,6 +73,7 @@ class RankOptions(BaseModel):
 
         devices = self._devices(spec.device)
         cores = self._cores(spec)
+        stage_layers = self.stage_layers(spec)
         threads = plan_threads(spec.threads).count
         if threads < self.world and spec.device == "cpu":
             logger.warning("%d ranks share %d threads: each waits for the others' turns", self.world, threads)
@@ -78,6 +84,7 @@ class RankOptions(BaseModel):
                 tensor_size=self.tensor_parallel,
                 stage=rank // self.tensor_parallel,
                 num_stages=self.pipeline_parallel,
+                stage_layers=stage_layers,
                 device=devices[rank],
                 sharers=devices.count(devices[rank]),
                 threads=self.threads_per_rank or threads_of(spec, share, cores[rank]),
@@ -85,6 +92,15 @@ class RankOptions(BaseModel):
             )
             for rank in range(self.world)
         ]
+
+    def stage_layers(self, spec: ResolvedSpec) -> tuple[int, ...]:
+        """`Place.stage_layers` of all ranks. Raises `ConfigError` if `pipeline_layers` does not fit the model."""
+        from interlace.worker.stages import check_layers, deal_layers
+
+        config, stages = spec.model_config, self.pipeline_parallel
+        if self.pipeline_layers:
+            return check_layers(self.pipeline_layers, config, stages)
+        return deal_layers(config, stages) if stages > 1 else ()
 
     def shares_memory(self, places: list[Place]) -> bool:
         """Whether tensor ranks of these places, all on one machine, exchange tensors through shared memory: it is

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from interlace.engine.sharing import share_machine
 from interlace.errors import ConfigError
+from interlace.model_config import ModelConfig
 from interlace.plugins.executors.cluster.options import RayOptions
 from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
 from interlace.plugins.executors.ranks.options import RankOptions
@@ -35,6 +36,36 @@ def test_ranks_go_stage_by_stage_and_share_the_threads():
     assert [place.samples for place in found] == [False, False, False, False, True, False]
     assert {(place.threads, place.sharers, place.device) for place in found} == {(1, 6, "cpu")}
     assert {place.threads for place in places(tensor_parallel=2, threads_per_rank=5)} == {5}
+
+
+def test_stages_take_about_as_long_unless_told_otherwise():
+    config = ModelConfig(
+        architecture="Any",
+        vocab_size=1000,
+        hidden_size=10,
+        intermediate_size=80,
+        num_layers=20,
+        num_heads=2,
+        num_kv_heads=2,
+        head_size=5,
+        norm_eps=1e-6,
+        max_position_embeddings=100,
+    )  # a layer of 2,800 parameters, a head of 10,000
+    spec = msgspec.structs.replace(scripted_spec("none:None"), model_config=config, threads=4)
+
+    def layers(**options):
+        places = RankOptions(**options).places(spec)
+        on_a_node = RayOptions(**options).place(spec, 1, 0, 1)
+        (found,) = {place.stage_layers for place in (*places, on_a_node)}
+        return found
+
+    assert layers(pipeline_parallel=2, tensor_parallel=2) == (12, 8)
+    assert layers(pipeline_parallel=2, pipeline_layers=[15, 5]) == (15, 5)
+    assert layers(tensor_parallel=2) == ()
+    with pytest.raises(ConfigError, match="pipeline_layers has 1 entries"):
+        RankOptions(pipeline_parallel=2, pipeline_layers=[5]).places(spec)
+    with pytest.raises(ConfigError, match="pipeline_layers has 1 entries"):
+        RayOptions(pipeline_parallel=2, pipeline_layers=[5]).check(spec)
 
 
 def test_devices():
