@@ -363,7 +363,9 @@ class Settings(Section):
         default=None, ge=0, lt=2**63, description="Seed for requests that state none. Unset: a new one each start."
     )
     deterministic: bool = Field(
-        default=False, description="Allow only kernels whose result does not depend on what else is in the batch."
+        default=False,
+        description="Allow only kernels whose result does not depend on what else is in the batch, and "
+        "have tensor ranks exchange so that any number of them gives the same bits.",
     )
     chat_template: str | None = Field(
         default=None, description="File with a jinja chat template, instead of the one shipped with the model."

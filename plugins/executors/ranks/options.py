@@ -49,7 +49,7 @@ class RankOptions(BaseModel):
     )
     all_reduce: Literal["auto", "gloo", "shared_memory"] = Field(
         default="auto",
-        description="How partial results are summed on CPU. `auto`: in shared memory where that is faster, else by "
+        description="How tensor ranks sum and gather on CPU. `auto`: in shared memory where that is faster, else by "
         "gloo.",
     )
     start_timeout_s: float = Field(
