@@ -18,4 +18,4 @@ class TestTritonKernels(KernelsConformance):
 
 @pytest.mark.slow
 class TestTritonKernelsThoroughly(TestTritonKernels):
-    seeds = range(1, 12)
+    seeds = range(3, 8)  # with 2, 9 and 40 rows
