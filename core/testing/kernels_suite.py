@@ -22,9 +22,7 @@ from interlace.interfaces.weights import BlockWeight
 from interlace.sampling.device import SamplingColumns
 from interlace.testing import sampling_cases
 from interlace.testing.conformance import Conformance, skip
-
-Arguments = dict[str, Any]
-"""Arguments of an op by name: tensors and plain values."""
+from interlace.testing.kernels_definitions import DEFINITIONS, Arguments
 
 _PLAIN_WEIGHTS = ("auto", "bf16", "float32")
 _ROW_OPS = ("rms_norm", "add_rms_norm", "rope", "silu_mul", "gelu_mul", "embedding")
@@ -99,7 +97,7 @@ class KernelsConformance(Conformance):
         self._skip_if_refused(row_op, dtype)
         rng, generator = _sources(seed)
         arguments = self._arguments(row_op, dtype, rng, generator, rng.choice([0, 1, 1, 2, 7, 33, 70]))
-        expected = _REFERENCES[row_op](arguments)
+        expected = DEFINITIONS[row_op](arguments)
         before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         results = _as_tuple(getattr(self._make(dtype), row_op)(**arguments))
         case = f"{row_op} in {dtype} of {_shapes(arguments)}"
@@ -284,56 +282,6 @@ class KernelsConformance(Conformance):
             parts = [_blocks(outputs, 64, generator, self.device), _blocks(33, 64, generator, self.device)]
             return {"x": values(rows, 64), "weight": parts}
         return {"x": values(rows, size), "weight": values(outputs, size).contiguous()}
-
-
-# ── The definitions, in float64 ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _rms_norm(given: Arguments) -> tuple[torch.Tensor, ...]:
-    x = given["x"].double()
-    weight = given["weight"].double() + given["unit_offset"]
-    return (x / (x.pow(2).mean(-1, keepdim=True) + given["eps"]).sqrt() * weight,)
-
-
-def _add_rms_norm(given: Arguments) -> tuple[torch.Tensor, ...]:
-    total = given["x"].double() + given["residual"].double()
-    return (*_rms_norm({**given, "x": total}), total)
-
-
-def _rope(given: Arguments) -> tuple[torch.Tensor, ...]:
-    table = given["cos_sin"].double()[given["positions"]].unsqueeze(1)  # [tokens, 1, rotary]
-    half = table.shape[-1] // 2
-    turn = torch.complex(table[..., :half], table[..., half:])
-    results = []
-    for x in (given["query"].double(), given["key"].double()):
-        turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * turn
-        results.append(torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1))
-    return tuple(results)
-
-
-def _silu_mul(given: Arguments) -> tuple[torch.Tensor, ...]:
-    gate, up = given["gate_up"].double().chunk(2, dim=-1)
-    return (gate / (1 + (-gate).exp()) * up,)
-
-
-def _gelu_mul(given: Arguments) -> tuple[torch.Tensor, ...]:
-    gate, up = given["gate_up"].double().chunk(2, dim=-1)
-    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
-    return (0.5 * gate * (1 + inner.tanh()) * up,)
-
-
-def _embedding(given: Arguments) -> tuple[torch.Tensor, ...]:
-    return (given["weight"].double()[given["token_ids"]],)
-
-
-_REFERENCES: Mapping[str, Callable[[Arguments], tuple[torch.Tensor, ...]]] = {
-    "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
-    "rope": _rope,
-    "silu_mul": _silu_mul,
-    "gelu_mul": _gelu_mul,
-    "embedding": _embedding,
-}
 
 
 # ── Small parts ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -88,14 +88,14 @@ class ModelHarness:
         self._has_head = parallel.is_last_stage
         windows = [group.window for group in self.groups]
         self._pager = Pager(windows, block_size, num_blocks, max_model_len, device)
-        self._program: StepProgram | None = None
-        if program:
-            with torch.inference_mode():
-                layers = list(self._layers.values())
-                made = build.kernels.compile_step(self.model, layers, max_model_len, max_model_len)
-            if isinstance(made, str):
-                raise ValueError(f"no step program: {made}")
-            self._program = made
+        self._program = self._compile(build.kernels, max_model_len) if program else None
+
+    def _compile(self, kernels: Kernels, max_tokens: int) -> StepProgram:
+        with torch.inference_mode():
+            made = kernels.compile_step(self.model, list(self._layers.values()), max_tokens, max_tokens)
+        if isinstance(made, str):
+            raise ValueError(f"no step program: {made}")
+        return made
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Run one batch: the next tokens of some sequences. Returns each one's logits [tokens, vocab] in float32; of a
