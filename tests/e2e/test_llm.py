@@ -113,7 +113,11 @@ def test_bad_requests_leave_the_engine_alive(llm):
 
 
 def test_a_deadline_ends_a_request_with_what_it_has(llm):
-    [output] = llm.generate("Once upon a time", SamplingParams(max_tokens=4000, ignore_eos=True), timeout=0.3)
+    params = SamplingParams(max_tokens=4000, ignore_eos=True)
+    for timeout in (0.3, 3.0, 30.0):  # a busy machine may not come as far as the first token
+        [output] = llm.generate("Once upon a time", params, timeout=timeout)
+        if output.outputs[0].token_ids:
+            break
     assert output.outputs[0].finish_reason == "error" and "deadline" in output.error.lower()
     assert 0 < len(output.outputs[0].token_ids) < 4000
 

@@ -74,7 +74,7 @@ def rank_pids(llm):
     return [rank["pid"] for rank in llm.front.control("ranks")]
 
 
-def gone(pids, timeout=10.0):
+def gone(pids, timeout=60.0):
     """Whether all of them are, soon."""
     deadline = time.monotonic() + timeout
     while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:

@@ -85,7 +85,7 @@ async def test_silence_is_filled():
 
     client = Client()
     stream = asyncio.ensure_future(run(events(), client, keep_alive=0.01))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while client.body.count(KEEP_ALIVE) < 3:
             await asyncio.sleep(0.005)
     heard.set()
@@ -114,7 +114,7 @@ async def test_a_client_that_leaves_closes_the_events(stuck):
     await asyncio.sleep(0.01)
     assert not closed.is_set()
     client.left.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await stream
     assert closed.is_set()
 

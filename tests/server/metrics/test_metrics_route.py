@@ -227,7 +227,7 @@ def test_gauges_rise_while_requests_run_and_fall_when_clients_leave(served):
         assert value(client, "num_requests_running") == 1
         assert value(client, "kv_cache_usage_perc") > 0
         assert value(client, "http_requests_in_flight") == 2
-    for _ in range(200):
+    for _ in range(1200):
         if value(client, "num_requests_running") == 0:
             break
         time.sleep(0.05)
