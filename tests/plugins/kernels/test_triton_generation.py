@@ -8,8 +8,8 @@ from interlace import LLM, SamplingParams
 
 PROMPTS = ["The capital of France is", "One two three", "def"]
 PARAMS = [
-    SamplingParams(max_tokens=3, temperature=0.0),
-    SamplingParams(max_tokens=3, temperature=0.9, top_p=0.9, seed=3, logprobs=2),
+    SamplingParams(max_tokens=2, temperature=0.0),
+    SamplingParams(max_tokens=2, temperature=0.9, top_p=0.9, seed=3, logprobs=2),
     SamplingParams(max_tokens=2, temperature=1.2, top_k=40, min_p=0.01, seed=4),
 ]
 
