@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 
 def compile_case(case: dict) -> dict:
@@ -31,7 +35,21 @@ def compile_case(case: dict) -> dict:
     target = GPUTarget("cuda", case.get("capability", 90), 32)
     compiled = compile(source, target=target, options=case.get("options", {}))
     asm = {kind: compiled.asm[kind] for kind in case.get("asm", ())}
-    return {"shared": compiled.metadata.shared, "asm": asm}
+    return {"shared": compiled.metadata.shared, "stack": stack_bytes(compiled.asm["cubin"]), "asm": asm}
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory that a thread takes: what did not fit into registers."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    return int(stack)
 
 
 def main() -> None:

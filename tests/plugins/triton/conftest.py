@@ -36,7 +36,8 @@ def compile_kernels(compile_environment: dict[str, str]) -> Callable[[list[dict[
     - `constants`: argument → value of its compile-time arguments (None for a tensor that is not given);
     - `options`: num_warps and the like; `asm`: kinds of code to return (`ttgir`, `ptx`).
 
-    Fails where one does not compile or needs too much shared memory. Returns for each its `shared` bytes and `asm`."""
+    Fails where one does not compile or needs too much shared memory. Returns for each its `shared` bytes, the bytes of
+    `stack` of a thread (what did not fit into registers), and `asm`."""
 
     def run(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         child = [sys.executable, str(Path(__file__).with_name("aot_child.py"))]

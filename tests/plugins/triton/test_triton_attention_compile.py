@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from interlace.plugins.triton import attention, kv_cache
@@ -15,6 +17,9 @@ NUMBERS = {
 }
 INDICES = dict.fromkeys(("tables", "table_rows", "starts", "counts", "seq_lens"), "*i32")
 PARTS = dict.fromkeys(("part_acc", "part_peak", "part_total"), "*fp32")
+
+LITTLE = 64
+"""Bytes of a thread that may lie in memory instead of registers: numbers that are rarely looked at."""
 
 SHAPES = [  # KV heads, group, head size, block size, fp8, window, soft cap
     ((8, 4, 128, 64), (False, 0, False)),
@@ -78,10 +83,13 @@ def test_attention_compiles(sizes, compile_kernels):
         cases.append(case(name, kv_cache.write_kv_kernel, shape, dtype, constants, types_of_write))
     results = compile_kernels(cases)
     for compiled, made in zip(cases, results, strict=True):
+        assert made["stack"] <= LITTLE, f"{compiled['kernel']} keeps {made['stack']} bytes of a thread in memory"
         if compiled["kernel"].endswith("prefill_kernel"):
             assert "wgmma.mma_async" in made["asm"]["ptx"], "prefill does not use the matrix units of a Hopper GPU"
         if compiled["kernel"].endswith("decode_kernel"):
-            assert made["asm"]["ptx"].count("cp.async.wait_group") >= 1, "loads do not run ahead"
+            ptx = made["asm"]["ptx"]
+            assert ptx.count("cp.async.wait_group") >= 1, "loads do not run ahead"
+            assert re.search(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx), "loads are of less than 16 bytes"
 
 
 @pytest.mark.slow

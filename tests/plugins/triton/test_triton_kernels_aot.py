@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from interlace.plugins.triton import logprobs
@@ -15,7 +17,13 @@ _TYPES = ("bf16", "fp16", "fp32")
 def _case(kernel, types, constants):
     values = dict(constants)
     options = {"num_warps": values.pop("num_warps", 4)}
-    return {"kernel": f"interlace.plugins.triton.{kernel}", "types": types, "constants": values, "options": options}
+    return {
+        "kernel": f"interlace.plugins.triton.{kernel}",
+        "types": types,
+        "constants": values,
+        "options": options,
+        "asm": ["ptx"],
+    }
 
 
 def _numbers(names, kind="i32"):
@@ -29,7 +37,8 @@ def _pointers(names, kind):
 def _norms(kind, size, offset):
     constants = norm_constants(size, offset)
     plain = _pointers("x_ptr weight_ptr out_ptr", kind) | {"size": "i32!", "num_rows": "i32", "eps": "fp32"}
-    yield _case("norms:rms_norm_kernel", plain | _numbers("heads token_stride head_stride"), constants)
+    strides = _numbers("token_stride head_stride", "i32!") | {"heads": "i32"}
+    yield _case("norms:rms_norm_kernel", plain | strides, constants)
     added = plain | _pointers("residual_ptr", kind) | _numbers("x_stride residual_stride", "i32!")
     yield _case("norms:add_rms_norm_kernel", added, constants)
 
@@ -40,7 +49,8 @@ def _elementwise(kind):
         yield _case("elementwise:gate_mul_kernel", types, {"GELU": gelu, "BLOCK": 1024})
     types = _pointers("x_ptr out_ptr", kind) | _numbers("size row_stride", "i32!") | {"factor": "fp32"}
     yield _case("elementwise:scale_kernel", types, {"BLOCK": 1024})
-    types = _pointers("weight_ptr out_ptr", kind) | {"ids_ptr": "*i64"} | _numbers("vocab size id_stride row_stride")
+    types = _pointers("weight_ptr out_ptr", kind) | {"ids_ptr": "*i64"} | _numbers("size row_stride", "i32!")
+    types |= _numbers("vocab id_stride")
     yield _case("elementwise:embedding_kernel", types, {"BLOCK": 1024})
 
 
@@ -100,13 +110,23 @@ def _logprobs(vocab, kind):
 def test_layers_compile(compile_kernels, kind):
     cases = [case for size in (64, 576, 4096, 16384) for case in _norms(kind, size, size == 576)]
     cases += [*_elementwise(kind), *_ropes(kind, (32, 8, 128), 128), *_ropes(kind, (9, 3, 80), 32)]
-    compile_kernels(cases)
+    _check_code(cases, compile_kernels(cases))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [49152, 128256, 262144])
 def test_sampling_compiles(compile_kernels, vocab):
-    compile_kernels([*_sampling(vocab), *(case for kind in _TYPES for case in _logprobs(vocab, kind))])
+    cases = [*_sampling(vocab), *(case for kind in _TYPES for case in _logprobs(vocab, kind))]
+    _check_code(cases, compile_kernels(cases))
+
+
+def _check_code(cases, results):
+    """All is kept in registers, and what reads or writes whole rows does so by 16 bytes at a time."""
+    for case, made in zip(cases, results, strict=True):
+        kernel = case["kernel"].rpartition(":")[2]
+        assert made["stack"] == 0, f"{kernel} keeps {made['stack']} bytes of a thread in memory"
+        if kernel not in ("pick_best", "plan_rows", "report_rows"):
+            assert re.search(r"ld\.global[^;]*\.v4", made["asm"]["ptx"]), f"{kernel}: no loads of 16 bytes, {case}"
 
 
 def test_a_few_compile(compile_kernels):
