@@ -334,15 +334,20 @@ def test_shutdown_settles_what_is_open(tiny_spec, drive):
 @pytest.mark.slow
 @pytest.mark.parametrize("graphs", [True, False])
 def test_triton_kernels_under_the_device_runner(tiny_spec, drive, graphs):
-    """Attention and sampling in Triton (interpreted), in graphs that read what the runner fills: torch's tokens."""
+    """Attention, sampling and log probabilities in Triton (interpreted), in graphs that read what the runner fills:
+    torch's tokens."""
     triton = {"attention.use": "triton", "kernels.use": "triton", "cache.block_size": 16, "gpu.graphs": graphs}
-    tokens = []
+    tokens, chances = [], []
     for settings, runs_on in ((triton, stream := FakeStream()), ({"cache.block_size": 16}, WorkerExecutor())):
         driver = drive(tiny_spec(graphs=False, **settings), runs_on)
         driver.add([1, 2, 3, 4, 5], temperature=0.0, max_tokens=6)
         driver.add([9, 8], temperature=1.0, seed=3, top_p=0.9, max_tokens=4)
-        driver.add([7] * 20, temperature=0.7, seed=4, max_tokens=3)
+        driver.add([7] * 20, temperature=0.7, seed=4, max_tokens=3, logprobs=3)
         driver.run()
         tokens.append(driver.tokens)
+        entries = [entry for _, result in driver.steps for entry, *_ in result.logprobs.values()]
+        assert [len(entry.token_ids) for entry in entries] == [4] * 3
+        chances.append([value for entry in entries for value in (*entry.logprobs, *entry.token_ids, entry.rank)])
     assert tokens[0] == tokens[1]
+    assert chances[0] == pytest.approx(chances[1], abs=1e-4)
     assert (stream.num_replayed > 0) == graphs
