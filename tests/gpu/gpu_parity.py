@@ -1,5 +1,5 @@
 """The whole engine against transformers: the same greedy tokens for random-weight models, with device graphs and
-without them, one step at a time and two in flight."""
+without them, one step at a time and two in flight; with log probabilities and without."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def _run(
     DecodeGraphs._capture = capture  # type: ignore[method-assign]
     try:
         with LLM(path, **settings) as llm:
-            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+            common: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+            params = [SamplingParams(**common, logprobs=2 if index % 2 else None) for index in range(len(references))]
             prompts = [{"prompt_token_ids": reference.prompt_token_ids} for reference in references]
             answers = llm.generate(prompts, params, progress=False)
     finally:
@@ -99,6 +100,12 @@ def _run(
         how, position = agreement(reference, token_ids)
         if how is Agreement.DIFFERENT:
             return f"prompt {index} ({len(reference.prompt_token_ids)} tokens) differs from token {position} on"
+        entries = answer.outputs[0].logprobs
+        if (entries is not None) != bool(index % 2) or any(
+            not (entry[token].logprob < 0 and entry[token].rank == 1 and 2 <= len(entry) <= 3)
+            for token, entry in zip(token_ids, entries or (), strict=False)
+        ):
+            return f"prompt {index}: log probabilities {entries}"[:300]
     if wants_graphs and (not made or made[-1].refusal is not None):
         return f"no graph was captured: {made[-1].refusal if made else 'nobody asked for one'}"
     return None

@@ -95,6 +95,7 @@ def _measurements(quick: bool) -> list[Job]:
     return [
         Job("limits", "gpu_speed:limits", {"quick": quick}, 60, True),
         Job("speed.attention", "gpu_speed:attention", {"quick": quick}, 120, True),
+        Job("speed.sampling", "gpu_speed:sampling", {"quick": quick}, 60, True),
         *(
             Job(f"speed.{name}", "gpu_model_speed:engine", {"name": name, "sizes": sizes, "quick": quick}, 150, True)
             for name in (("1B",) if quick else ("1B", "8B"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,17 @@ import torch
 from gpu_jobs import Outcome, Table
 
 from interlace.interfaces.attention import AttentionSpec
+from interlace.interfaces.kernels import KernelSpec
 from interlace.plugins.triton.tuning_cases import time_on_device
+from interlace.sampling.device import SamplingMode
+from interlace.sampling.distribution import Shape
+from interlace.testing import sampling_cases
 from interlace.testing.conformance import find_provider
 from interlace.worker.batch import DecodeBatch, ForwardBatch
 
 DEVICE = "cuda"
 DTYPE = "bfloat16"
+_VOCAB = 128256
 _IN_GRAPH = 8
 """Launches per replay at least: enough that the replay itself does not count."""
 _BEYOND_CACHE = 512 << 20
@@ -164,6 +170,37 @@ def _time_prefill(name: str, spec: AttentionSpec, rows: list[tuple[int, int]]) -
     seconds = time_on_device(lambda: backend.forward(query, key, value, cache, metadata), DEVICE, 10) / 1e3
     seen = sum(length * past + length * (length + 1) / 2 for length, past in rows)
     return seconds, 4.0 * seen * spec.num_heads * spec.head_size
+
+
+def sampling(quick: bool, values: dict[str, float]) -> Outcome:
+    """What choosing tokens takes, and reporting them, in a graph."""
+    outcome = Outcome()
+    provider = find_provider("kernels", "triton")
+    kernels = provider(provider.Options(), KernelSpec(DTYPE, DEVICE))
+    table = Table(f"Sampling from {_VOCAB:,} logits", ["rows", "what", "us", "GB/s of logits"])
+    outcome.tables.append(table)
+    ways = [
+        ("greedy", Shape(0.0), SamplingMode.GREEDY),
+        ("random", Shape(), SamplingMode.RANDOM),
+        ("top_p 0.9", Shape(0.7, 0, 0.9), SamplingMode.TRUNCATED),
+        ("top_k 50, top_p 0.9", Shape(0.7, 50, 0.9), SamplingMode.TRUNCATED),
+    ]
+    for rows in (1, 64) if quick else (1, 16, 64, 256):
+        logits = torch.randn(rows, _VOCAB, device=DEVICE) * 3
+        for name, shape, mode in ways:
+            columns = sampling_cases.columns_of([shape] * rows, list(range(rows)), [0] * rows, [0] * rows, DEVICE)
+            seconds = _time_calls(partial(kernels.sample, logits, columns, mode))
+            table.add(rows, name, 1e6 * seconds, logits.nbytes / seconds / 1e9)
+        counts = torch.full((rows,), 20, dtype=torch.int32, device=DEVICE)
+        seconds = _time_calls(partial(kernels.logprobs, logits, logits.argmax(1), counts))
+        table.add(rows, "20 log probabilities", 1e6 * seconds, logits.nbytes / seconds / 1e9)
+    return outcome
+
+
+@torch.inference_mode()
+def _time_calls(call: Callable[[], object]) -> float:
+    """Seconds of one call, in a graph."""
+    return _time_in_graph(lambda _: call(), _IN_GRAPH)
 
 
 def median(values: list[float]) -> float | None:

@@ -54,7 +54,14 @@ def test_every_job_names_a_function_that_takes_its_arguments():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     names = done.stdout.split()
-    assert {"limits", "speed.attention", "speed.8B", "transformers.continuous", "parity.Gemma3"} <= set(names)
+    assert {
+        "limits",
+        "speed.attention",
+        "speed.sampling",
+        "speed.8B",
+        "transformers.continuous",
+        "parity.Gemma3",
+    } <= set(names)
 
 
 @pytest.mark.slow
