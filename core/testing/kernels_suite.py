@@ -126,6 +126,22 @@ class KernelsConformance(Conformance):
         for weights in ways:
             self._check_linear(KernelSpec(dtype, self.device, weights), *_sources(seed))
 
+    def test_blocks_that_are_not_kept(self, dtype: str, seed: int) -> None:
+        """A weight that comes in blocks gives what it gives decoded, for every way that does not keep them."""
+        specs = [spec for way in self._ways if not (spec := KernelSpec(dtype, self.device, way)).keeps_blocks]
+        makers = ("make_linear", "make_block_linear")
+        specs = [spec for spec in specs if all(self.target.supports(op, spec) is None for op in makers)]
+        if not specs:
+            skip(f"weights in {dtype} are kept in blocks only")
+        for spec in specs:
+            rng, generator = _sources(seed)
+            parts = [_blocks(rows, 64, generator, self.device) for rows in (rng.choice([1, 7, 64]), 33)]
+            x = torch.randn(9, 64, generator=generator).to(self.device, getattr(torch, dtype))
+            kernels: Kernels = self.target(self.target_options, spec)
+            decoded = kernels.make_linear(torch.cat([part.dequantize(spec.decoded_dtype) for part in parts]))
+            result = kernels.make_block_linear(parts)(x)
+            _compare(result, decoded(x).double(), x.dtype, self.tolerances[dtype], f"blocks of Q8_0, {spec}")
+
     def _check_linear(self, spec: KernelSpec, rng: random.Random, generator: torch.Generator) -> None:
         in_size, out_size = rng.choice([1, 3, 8, 32, 65, 256]), rng.choice([1, 5, 16, 64, 129])
         shipped = getattr(torch, rng.choice(["float32", spec.dtype, "bfloat16"]))

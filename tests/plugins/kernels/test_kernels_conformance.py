@@ -109,6 +109,14 @@ class WideLinear(TorchKernels):
         return lambda x: run(x).float()
 
 
+class KeepsAllBlocks(TorchKernels):
+    """Rounds x to 8 bits for blocks, also where they are to be decoded."""
+
+    def make_block_linear(self, parts, bias=None):
+        run = super().make_block_linear(parts, bias)
+        return lambda x: run((x * 32).round() / 32)
+
+
 class AcceptsEverything(TorchKernels):
     @classmethod
     def supports(cls, op, spec):
@@ -181,6 +189,7 @@ WRONG = [
     (ScalesWeight, "test_linear", "wrote into the weight"),
     (FlatInput, "test_linear", "relative error"),
     (WideLinear, "test_linear", "float32, should be in torch.bfloat16"),
+    (KeepsAllBlocks, "test_blocks_that_are_not_kept", "blocks of Q8_0, .*float32.*: relative error"),
     (AcceptsEverything, "test_unknown_ways", "no-such-way"),
     (RefusesEverything, "test_something_is_supported", "every op is refused on cpu"),
     (ClaimsLinear, "test_batch_invariance", "make_linear in float32 claims"),
