@@ -9,6 +9,8 @@ import msgspec
 import pytest
 from pydantic import ValidationError
 
+from interlace.config import load_settings
+from interlace.engine.llm import LLM
 from interlace.engine.sharing import share_machine
 from interlace.errors import ConfigError
 from interlace.model_config import ModelConfig
@@ -16,6 +18,7 @@ from interlace.plugins.executors.cluster.options import RayOptions
 from interlace.plugins.executors.ranks.cores import deal_cores, parse_cores
 from interlace.plugins.executors.ranks.options import RankOptions
 from interlace.testing.executor import scripted_spec
+from interlace.testing.executor_suite import SETTINGS, ExecutorConformance
 
 
 def places(device="cpu", threads=8, **options):
@@ -173,3 +176,16 @@ def test_bound_ranks_take_their_processors_threads():
     assert place.threads == 3, "unless told so"
     with pytest.raises(ConfigError, match="cores has 1 entries for 2 ranks"):
         places(tensor_parallel=2, cores=["0"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_ranks_of_replicas_are_bound_apart(tmp_path):
+    """Of real engines, as their processes are bound."""
+    suite = type("Suite", (ExecutorConformance,), {"executor": "multiprocess"})
+    suite().spec(tmp_path)  # writes the tiny model
+    given = {"executor.use": "multiprocess", "executor.options.multiprocess.cores": "auto", "engine.replicas": 2}
+    with LLM.from_loaded(load_settings({"model": str(tmp_path), **SETTINGS, **given}, env={})) as llm:
+        first, second = (os.sched_getaffinity(ranks[0]["pid"]) for ranks in llm.front.control("ranks"))
+    assert first and second and not first & second
+    assert first | second == os.sched_getaffinity(0)
