@@ -95,9 +95,13 @@ class Replicas(EngineClient):
             self._closing = True
             for replica in self._replicas:
                 replica.refusal = gone
-        with self._pool() as pool:
-            for ending in [pool.submit(replica.client.shutdown) for replica in self._replicas]:
-                ending.result()
+        try:
+            with self._pool() as pool:
+                for ending in [pool.submit(replica.client.shutdown) for replica in self._replicas]:
+                    ending.result()
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            for replica in self._replicas:
+                replica.client.shutdown()
 
     def _pool(self) -> ThreadPoolExecutor:
         """Threads for as long as a question to all replicas takes."""

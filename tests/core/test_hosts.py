@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -227,6 +229,16 @@ def test_a_replica_elsewhere_that_dies_comes_back(settings):
         assert second[0] == first[0] and second[1] != first[1]
         answers = llm.generate([[5, 6, 7], [7, 8]], SamplingParams(max_tokens=4, ignore_eos=True))
         assert [len(answer.outputs[0].token_ids) for answer in answers] == [4, 4]
+
+
+def test_a_program_may_end_without_a_shutdown(settings, install):
+    """Even where there are several, all are ended, and nothing is said about it."""
+    given = nested(settings(engine__replicas=2))
+    script = f"from interlace import LLM\nllm = LLM(**{given!r})\nprint(*llm.front.control('process_id'))"
+    environment = os.environ | {"PYTHONPATH": install("hosted")[0]}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.split())
 
 
 def nested(flat):

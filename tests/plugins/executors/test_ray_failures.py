@@ -309,7 +309,8 @@ def test_a_frozen_engine_is_killed(spec_of, caplog):
     with Whole(spec) as whole:
         os.kill(whole.client.pid, signal.SIGSTOP)
         assert "it answered nothing for 0.5 s" in str(whole.deaths.get(timeout=30))
-        assert whole.client.pid not in psutil.pids() or psutil.Process(whole.client.pid).wait(10) is None
+    wait_gone(whole.client.pid)
+    assert not psutil.pid_exists(whole.client.pid)
     assert "it did not answer: it is stopped, or in native code" in caplog.text
 
 
