@@ -23,8 +23,8 @@ def references() -> list[Reference]:
     return sorted(stored, key=lambda reference: len(reference.prompt_token_ids))[:NUM_PROMPTS]
 
 
-def answers(references, **executor):
-    settings = {"dtype": "float32", "max_model_len": 256, "cache": {"memory": "64MiB"}, "threads": 2}
+def answers(references, dtype="float32", **executor):
+    settings = {"dtype": dtype, "max_model_len": 256, "cache": {"memory": "64MiB"}, "threads": 2}
     with LLM("smollm2", executor=executor, **settings) as llm:
         greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
         outputs = llm.generate([reference.prompt_token_ids for reference in references], greedy, progress=False)
@@ -43,3 +43,11 @@ def test_tokens_are_those_of_one_process(references, ray_cluster):
                 short = Reference(reference.prompt_token_ids, reference.token_ids[:NUM_TOKENS], reference.gaps)
                 assert agreement(short, tokens)[0] is not Agreement.DIFFERENT, f"{ranks}: {tokens}, alone {expected}"
         assert sum(tokens != expected for tokens, expected in zip(found, alone, strict=True)) <= 1
+
+
+@pytest.mark.timeout(300)
+def test_blocks_as_shipped_give_the_very_tokens_of_one_process(references, ray_cluster):
+    """In bfloat16 the file's blocks stay blocks: ranks gather, by gloo, parts that are not of equal length."""
+    options = {"tensor_parallel": 2, "address": ray_cluster.address, "placement": "strict_spread"}
+    found = answers(references, "bfloat16", use="ray", options={"ray": options})
+    assert found == answers(references, "bfloat16", use="uniprocess")
