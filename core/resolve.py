@@ -57,7 +57,8 @@ def resolve(loaded: LoadedSettings, plugins: PluginManager) -> ResolvedSpec:
     where = f"the architecture of model '{settings.model}', {found.path}"
     architecture = plugins.registry("models").get(read_architecture(raw, str(found.path)), where)
     config = architecture.model_config(raw, str(found.path))
-    device = resolve_device(settings.device)
+    hosted = selected["executors"][0].make_host() is not None
+    device = settings.device if hosted and settings.device != "auto" else resolve_device(settings.device)
     spec = ResolvedSpec(
         model=settings.model,
         model_path=str(found.path),

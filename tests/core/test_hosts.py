@@ -259,6 +259,17 @@ def test_an_executor_may_leave_its_core_at_home(settings):
         assert llm.front.control("process_id") == os.getpid()
 
 
+def test_the_front_needs_no_gpu_for_engines_that_have(settings, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = load_settings({**settings(), "device": "cuda:0"}, env={})
+    assert assemble(loaded).spec.device == "cuda:0"
+    loaded = load_settings({**settings(executor__options__hosted__elsewhere=False), "device": "cuda:0"}, env={})
+    with pytest.raises(ConfigError, match="0 CUDA devices here"):
+        assemble(loaded)
+
+
 def test_it_cannot_be_a_thread_of_the_front(settings):
     loaded = load_settings(settings(engine__process="inline"), env={})
     with pytest.raises(
