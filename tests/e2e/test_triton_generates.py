@@ -16,7 +16,7 @@ PROMPTS = ["The capital of France is", "Once upon a time, in a small village by 
 def generate(backend: str) -> list[list[int]]:
     """Token ids of a few greedy steps, by the command line in a process of its own."""
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    command = [sys.executable, "-c", MAIN, "generate", *prompts, "--max-tokens", "4", "--json"]
+    command = [sys.executable, "-c", MAIN, "generate", *prompts, "--max-tokens", "3", "--json"]
     settings = {"attention.use": backend, "dtype": "float32", "cache.memory": "64MiB", "engine.step_timeout_s": "600"}
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -33,5 +33,5 @@ def wanted() -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "triton_invariant", "flash"])
 def test_smollm2_says_the_same(backend, wanted):
-    assert [len(tokens) for tokens in wanted] == [4, 4]
+    assert [len(tokens) for tokens in wanted] == [3, 3]
     assert generate(backend) == wanted
