@@ -84,7 +84,7 @@ class CudaStream(Stream):
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share their memory
         # What torch captures on by default belongs to the device on which this process captured first.
-        self._capture_stream = torch.cuda.Stream(device)
+        self._capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def submit(self, work: Work) -> Completion:
         with self.current():
