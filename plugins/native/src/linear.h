@@ -37,14 +37,18 @@ struct LinearCall {
   int64_t element() const { return out_wide ? 4 : 2; }
 };
 
-// Activations of some rows in the forms that the panels' formats take: rows of plain ones, then blocks of quantised ones,
-// BLOCK_TILE_ROWS rows side by side.
+// Activations of some rows in the forms that the panels' formats take: rows of plain ones, then rows of quantised blocks.
 struct Activations {
   const uint8_t *plain;
   int64_t plain_stride;
   const uint8_t *quants;
   int64_t quants_stride;  // per row
 };
+
+// Rows that are whole tiles in every form of the weights.
+constexpr int64_t TILES_ROWS = 24;
+static_assert(TILES_ROWS % FLOAT_TILE_ROWS == 0 && TILES_ROWS % BLOCK_TILE_ROWS == 0, "a chunk must be whole tiles");
+inline int64_t whole_tiles(int64_t rows) { return rows / TILES_ROWS * TILES_ROWS; }
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -60,13 +64,13 @@ struct Forms {
     quant = linear.has_blocks;
     plain_bytes = plain ? round_up(linear.in * (linear.has_f32 ? 4 : 2), 64) : 0;
     blocks = (linear.in + BLOCK - 1) / BLOCK;
-    quant_bytes = quant ? blocks * ACT_BYTES : 0;
+    quant_bytes = quant ? blocks * int64_t{sizeof(ActBlock)} : 0;
   }
   int64_t row_bytes() const { return plain_bytes + quant_bytes; }
 };
 
-// Pieces of the conversion: blocks of some rows.
-constexpr int64_t CONVERT_BLOCKS = 8;
+// Pieces of the conversion: some blocks of a row.
+constexpr int64_t CONVERT_BLOCKS = 32;
 
 template <typename T>
 inline void convert_plain(const LinearCall &call, int64_t row, uint8_t *to) {
@@ -87,28 +91,25 @@ struct Converter {
   int64_t first, rows;  // of x
   uint8_t *to;
 
-  int64_t pieces_per_group() const {
-    return forms.quant ? (forms.blocks + CONVERT_BLOCKS - 1) / CONVERT_BLOCKS : 1;
-  }
-  int64_t pieces() const { return (rows + BLOCK_TILE_ROWS - 1) / BLOCK_TILE_ROWS * pieces_per_group(); }
+  int64_t parts() const { return forms.quant ? (forms.blocks + CONVERT_BLOCKS - 1) / CONVERT_BLOCKS : 1; }
+  int64_t pieces() const { return rows * parts(); }
   uint8_t *quants() const { return to + rows * forms.plain_bytes; }
 
   void convert(int64_t piece) const {
-    const int64_t begin = piece / pieces_per_group() * BLOCK_TILE_ROWS, part = piece % pieces_per_group();
-    const int64_t count = std::min<int64_t>(BLOCK_TILE_ROWS, rows - begin);
-    for (int64_t row = begin; row < begin + count; ++row) {
-      if (forms.plain && part == 0) {
-        uint8_t *plain = to + row * forms.plain_bytes;
-        call.x_wide ? convert_plain<float>(call, first + row, plain) : convert_plain<bf16>(call, first + row, plain);
-      }
-      if (!forms.quant) continue;
-      const uint8_t *x = call.x + (first + row) * call.x_stride;
-      for (int64_t block = part * CONVERT_BLOCKS; block < std::min(forms.blocks, (part + 1) * CONVERT_BLOCKS); ++block) {
-        const ActRow place{quants() + begin * forms.quant_bytes + block * count * ACT_BYTES, count, row - begin};
-        call.x_wide ? quantize(reinterpret_cast<const float *>(x), call.linear->in, block, place)
-                    : quantize(reinterpret_cast<const bf16 *>(x), call.linear->in, block, place);
-      }
+    const int64_t row = piece / parts(), part = piece % parts();
+    if (forms.plain && part == 0) {
+      uint8_t *plain = to + row * forms.plain_bytes;
+      call.x_wide ? convert_plain<float>(call, first + row, plain) : convert_plain<bf16>(call, first + row, plain);
     }
+    if (forms.quant) call.x_wide ? convert_blocks<float>(row, part) : convert_blocks<bf16>(row, part);
+  }
+
+  template <typename T>
+  void convert_blocks(int64_t row, int64_t part) const {
+    const T *x = reinterpret_cast<const T *>(call.x + (first + row) * call.x_stride);
+    ActBlock *blocks = reinterpret_cast<ActBlock *>(quants() + row * forms.quant_bytes);
+    for (int64_t at = part * CONVERT_BLOCKS; at < std::min(forms.blocks, (part + 1) * CONVERT_BLOCKS); ++at)
+      quantize(x, call.linear->in, at, blocks + at);
   }
 
   Activations view() const {
@@ -164,6 +165,7 @@ struct PanelWork {
       const int64_t row = first + at * BLOCK_TILE_ROWS;
       Tile tile = tile_of(panel, row - first, (call.linear->in + BLOCK - 1) / BLOCK, target);
       tile.x = all.quants + row * all.quants_stride;
+      tile.x_stride = all.quants_stride;
       plan_ahead(tile, next, panel.strips * block_bytes(panel.format), at, tiles);
       block_kernel(panel.format, std::min<int64_t>(BLOCK_TILE_ROWS, first + rows - row))(tile);
     }
@@ -217,7 +219,7 @@ inline void multiply(const LinearCall &call, const Activations &all, int64_t pre
   const bool is_gated = call.gate >= 0;
   const int64_t panels = linear.num_panels / (is_gated ? 2 : 1);
   // Chunks depend on the shape alone, and results on no chunk.
-  const int64_t chunk = std::clamp<int64_t>(CACHED_BYTES / (linear.in * 2) / 8 * 8, 8, 4096);
+  const int64_t chunk = std::clamp<int64_t>(whole_tiles(CACHED_BYTES / (linear.in * 2)), TILES_ROWS, 4096);
   const int64_t pieces = (rows + chunk - 1) / chunk * panels;
   const PanelWork work{call, all};
   int64_t piece = thread.claim();
@@ -252,7 +254,7 @@ inline void linear(const il_op &op, const il_step &step, Thread &thread) {
   call.out = static_cast<uint8_t *>(op.p[1]);
   call.out_stride = op.i[1] * call.element();
   const int64_t rows = interlace::rows_of(op, step);
-  const int64_t most = Thread::SHARED_BYTES / std::max<int64_t>(1, Forms(call).row_bytes()) / 8 * 8;
+  const int64_t most = whole_tiles(Thread::SHARED_BYTES / std::max<int64_t>(1, Forms(call).row_bytes()));
   for (int64_t first = 0; first < rows; first += most) {
     if (first > 0) thread.barrier();
     const int64_t count = std::min(most, rows - first);

@@ -103,20 +103,21 @@ inline vuint weights_of(const uint8_t *words, int quad) {
 constexpr int SHARING = 2;
 constexpr int TOTAL_VECTORS = interlace::BLOCK_STRIPS * STRIP / LANES;
 
-// total[row * TOTAL_VECTORS + vector] += one block of SHARING vectors; `words` and `places` are theirs.
+// total += one block of SHARING vectors; `words` and `places` are theirs.
 template <typename F, int ROWS>
 inline __attribute__((always_inline)) void add_block(const uint8_t *const (&words)[SHARING],
-                                                     const ScalePlace (&places)[SHARING], const ActBlock<ROWS> &x,
-                                                     vfloat *total) {
+                                                     const ScalePlace (&places)[SHARING], const ActBlock *const (&x)[ROWS],
+                                                     vfloat (&total)[ROWS][SHARING]) {
   constexpr int GROUP_QUADS = QUADS / F::GROUPS;
 #pragma GCC unroll 2
   for (int group = 0; group < F::GROUPS; ++group) {
-    const int32_t *offsets = F::GROUPS == 1 ? x.offset : x.halves[group];
     vint sum[ROWS][SHARING];
 #pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
+    for (int row = 0; row < ROWS; ++row) {
+      const int32_t offset = F::HAS_MIN ? 0 : F::GROUPS == 1 ? x[row]->offset : x[row]->halves[group];
 #pragma GCC unroll 2
-      for (int at = 0; at < SHARING; ++at) sum[row][at] = vint{} + (F::HAS_MIN ? 0 : offsets[row]);
+      for (int at = 0; at < SHARING; ++at) sum[row][at] = vint{} + offset;
+    }
 #pragma GCC unroll 8
     for (int quad = group * GROUP_QUADS; quad < group * GROUP_QUADS + GROUP_QUADS; ++quad) {
       const vuint weights[SHARING] = {weights_of<F>(words[0], quad), weights_of<F>(words[1], quad)};
@@ -124,7 +125,7 @@ inline __attribute__((always_inline)) void add_block(const uint8_t *const (&word
       for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
         for (int at = 0; at < SHARING; ++at)
-          sum[row][at] = add_products(sum[row][at], weights[at], x.quads[quad][row]);
+          sum[row][at] = add_products(sum[row][at], weights[at], x[row]->quants + 4 * quad);
     }
 #pragma GCC unroll 2
     for (int at = 0; at < SHARING; ++at) {
@@ -134,9 +135,9 @@ inline __attribute__((always_inline)) void add_block(const uint8_t *const (&word
       for (int row = 0; row < ROWS; ++row) {
         const vfloat scaled = __builtin_convertvector(sum[row][at], vfloat);
         if constexpr (F::HAS_SCALE)
-          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row] * scale;
+          total[row][at] += scaled * x[row]->scale * scale;
         else
-          total[row * TOTAL_VECTORS + at] += scaled * x.scale[row];
+          total[row][at] += scaled * x[row]->scale;
       }
     }
   }
@@ -145,7 +146,7 @@ inline __attribute__((always_inline)) void add_block(const uint8_t *const (&word
     for (int at = 0; at < SHARING; ++at) {
       const vfloat minimum = F::minimum(places[at]);
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; ++row) total[row * TOTAL_VECTORS + at] += minimum * x.scaled_sum[row];
+      for (int row = 0; row < ROWS; ++row) total[row][at] += minimum * x[row]->scaled_sum;
     }
   }
 }
@@ -154,15 +155,17 @@ template <typename F, int ROWS>
 void block_tile(const Tile &tile) {
   constexpr int STRIPS = interlace::BLOCK_STRIPS, PER_STRIP = STRIP / LANES;
   const Panel &panel = *tile.panel;
-  vfloat total[ROWS * TOTAL_VECTORS] = {};
-  const ActBlock<ROWS> *x = reinterpret_cast<const ActBlock<ROWS> *>(tile.x);
-  const uint8_t *ahead = tile.ahead.first;
-  for (int64_t block = 0; block < tile.depth; ++block, ++x) {
-    if (block == tile.ahead.turn) ahead = tile.ahead.second;
-    for (int64_t at = 0; at < tile.ahead.step; at += 64) fetch(ahead + at);
-    ahead += tile.ahead.step;
-#pragma GCC unroll 1
-    for (int vector = 0; vector < TOTAL_VECTORS; vector += SHARING) {
+  vfloat results[ROWS][TOTAL_VECTORS];
+  for (int vector = 0; vector < TOTAL_VECTORS; vector += SHARING) {
+    vfloat total[ROWS][SHARING] = {};
+    const ActBlock *x[ROWS];
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) x[row] = reinterpret_cast<const ActBlock *>(tile.x + row * tile.x_stride);
+    const uint8_t *ahead = tile.ahead.first;
+    for (int64_t block = 0; block < tile.depth; ++block) {
+      if (block == tile.ahead.turn) ahead = tile.ahead.second;
+      for (int64_t at = 0; vector == 0 && at < tile.ahead.step; at += 64) fetch(ahead + at);
+      ahead += tile.ahead.step;
       const uint8_t *words[SHARING];
       ScalePlace places[SHARING];
 #pragma GCC unroll 2
@@ -173,15 +176,20 @@ void block_tile(const Tile &tile) {
         places[at] = {panel.scales + place * F::SCALE_BYTES * STRIP,
                       panel.supers + (block / 8 * STRIPS + strip) * F::SUPER_BYTES * STRIP, lane};
       }
-      add_block<F, ROWS>(words, places, *x, total + vector);
-    }
-  }
+      add_block<F, ROWS>(words, places, x, total);
 #pragma GCC unroll 8
+      for (int row = 0; row < ROWS; ++row) ++x[row];
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 2
+      for (int at = 0; at < SHARING; ++at) results[row][vector + at] = total[row][at];
+  }
   for (int row = 0; row < ROWS; ++row) {
     if constexpr (!F::HAS_SCALE)  // one scale per output
       for (int vector = 0; vector < TOTAL_VECTORS; ++vector)
-        total[row * TOTAL_VECTORS + vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
-    put_row(tile, row, total + row * TOTAL_VECTORS);
+        results[row][vector] *= load(reinterpret_cast<const float *>(panel.scales) + vector * LANES);
+    put_row(tile, row, results[row]);
   }
 }
 

@@ -14,7 +14,7 @@ using interlace::BLOCK;
 constexpr int QUADS = BLOCK / 4;
 
 #if defined(IL_AVX512)
-constexpr int BLOCK_TILE_ROWS = 8;
+constexpr int BLOCK_TILE_ROWS = 6;  // 6 x 32 results: 12 sums of integers and 12 totals in 32 registers
 typedef int8_t Quant;  // vpdpbusd takes bytes
 #elif defined(IL_AVX2)
 constexpr int BLOCK_TILE_ROWS = 4;
@@ -24,27 +24,14 @@ constexpr int BLOCK_TILE_ROWS = 2;
 typedef int16_t Quant;
 #endif
 
-// One block of the rows of a tile, side by side, so that a kernel follows one pointer.
-template <int ROWS>
+// One block of a row.
 struct ActBlock {
-  Quant quads[QUADS][ROWS][4];
-  float scale[ROWS];
-  float scaled_sum[ROWS];   // scale * sum of quants
-  int32_t offset[ROWS];     // -128 * sum of quants: what weights stored as value + 128 add too much
-  int32_t halves[2][ROWS];  // the same of the first and the last 16
+  Quant quants[BLOCK];
+  float scale;
+  float scaled_sum;   // scale * sum of quants
+  int32_t offset;     // -128 * sum of quants: what weights stored as value + 128 add too much
+  int32_t halves[2];  // the same of the first and the last 16
 };
-
-// The same for a number of rows known at run time only: where the parts of row `row` of `rows` are.
-struct ActRow {
-  uint8_t *block;
-  int64_t rows, row;
-
-  uint8_t *quad(int at) const { return block + (at * rows + row) * 4 * sizeof(Quant); }
-  void put(int part, const void *value) const {
-    std::memcpy(block + (QUADS * sizeof(Quant) + part) * 4 * rows + 4 * row, value, 4);
-  }
-};
-constexpr int64_t ACT_BYTES = sizeof(ActBlock<1>);  // per row and block
 
 // Over the lanes, by halves.
 typedef int32_t vint4 __attribute__((vector_size(16), aligned(4), may_alias));
@@ -60,70 +47,84 @@ inline int32_t over_lanes(vint values, Combine combine) {
   part = combine(part, __builtin_shuffle(part, vint4{1, 0, 3, 2}));
   return part[0];
 }
-inline int32_t largest_of(vint values) {
-  return over_lanes(values, [](vint4 a, vint4 b) { return a > b ? a : b; });
-}
-inline int32_t sum_of(vint values) {
-  return over_lanes(values, [](vint4 a, vint4 b) { return a + b; });
-}
 
-// In the order the products take them.
-inline void put_quads(const ActRow &to, const int8_t *quants) {
-  for (int at = 0; at < QUADS; ++at) {
-    if (sizeof(Quant) == 1) {
-      std::memcpy(to.quad(at), quants + 4 * at, 4);
-    } else {  // even ones, odd ones
-      const int8_t *q = quants + 4 * at;
-      const int16_t pairs[4] = {q[0], q[2], q[1], q[3]};
-      std::memcpy(to.quad(at), pairs, sizeof pairs);
-    }
-  }
-}
+constexpr int BLOCK_VECTORS = BLOCK / LANES;
 
-// One block of a row. A scale that is not finite makes the results of the row so.
-inline void quantize_block(const float *x, const ActRow &to) {
-  typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+// The largest magnitude. As bits they are in order as whole numbers are, NaN last.
+inline float largest_of(const vfloat (&x)[BLOCK_VECTORS]) {
   vint largest{};
-  for (int at = 0; at < BLOCK; at += LANES) {
-    const vint bits = (vint)load(x + at) & 0x7fffffff;  // as whole numbers these are in order, NaN last
+  for (int at = 0; at < BLOCK_VECTORS; ++at) {
+    const vint bits = (vint)x[at] & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
-  const int32_t largest_bits = largest_of(largest);
-  float scale;
-  std::memcpy(&scale, &largest_bits, 4);
-  scale *= 1.0f / 127.0f;
-  const bool tiny = scale < 1.2e-38f;  // its inverse would overflow
-  const float inverse = tiny ? 0.0f : 1.0f / scale;
-  scale = tiny ? 0.0f : scale;
-  alignas(64) int8_t quants[BLOCK];
-  int32_t sums[2];
+#if defined(IL_AVX512)
+  const __m256i half = _mm256_max_epi32(_mm512_maskz_extracti64x4_epi64(0xf, (__m512i)largest, 0),
+                                        _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)largest, 1));
+  __m128i part = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  part = _mm_max_epi32(part, _mm_shuffle_epi32(part, 0x4e));
+  const int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(part, _mm_shuffle_epi32(part, 0xb1)));
+#else
+  const int32_t bits = over_lanes(largest, [](vint4 a, vint4 b) { return a > b ? a : b; });
+#endif
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Quants of a block in the order the products take them, and the sums of its halves.
+inline void put_quants(const vfloat (&x)[BLOCK_VECTORS], float inverse, Quant *quants, int32_t *sums) {
+#if defined(IL_AVX512)
+  __m128i bytes[2];
+  for (int half = 0; half < 2; ++half) {
+    const __m512i rounded = _mm512_maskz_cvtps_epi32(0xffff, (__m512)(x[half] * broadcast(inverse)));
+    bytes[half] = _mm512_maskz_cvtepi32_epi8(0xffff, rounded);
+  }
+  const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes[0]), bytes[1], 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(quants), all);
+  __m256i sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
+  sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+  sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+  sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
+  sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
+#else
+  alignas(32) int32_t whole[BLOCK];
   for (int half = 0; half < 2; ++half) {
     vint sum{};
-    for (int at = 16 * half; at < 16 * half + 16; at += LANES) {
+    for (int at = half * BLOCK_VECTORS / 2; at < (half + 1) * BLOCK_VECTORS / 2; ++at) {
       // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
-      const vint rounded = (vint)(load(x + at) * broadcast(inverse) + broadcast(12582912.0f)) - 0x4b400000;
+      const vint rounded = (vint)(x[at] * broadcast(inverse) + broadcast(12582912.0f)) - 0x4b400000;
       sum += rounded;
-      *reinterpret_cast<bytes *>(quants + at) = __builtin_convertvector(rounded, bytes);
+      *reinterpret_cast<vint *>(whole + at * LANES) = rounded;
     }
-    sums[half] = sum_of(sum);
+    sums[half] = over_lanes(sum, [](vint4 a, vint4 b) { return a + b; });
   }
-  put_quads(to, quants);
-  const float scaled_sum = scale * static_cast<float>(sums[0] + sums[1]);
-  const int32_t offsets[3] = {-128 * (sums[0] + sums[1]), -128 * sums[0], -128 * sums[1]};
-  to.put(0, &scale);
-  to.put(1, &scaled_sum);
-  for (int at = 0; at < 3; ++at) to.put(2 + at, &offsets[at]);
+  constexpr int PLACES[4] = {0, 2, 1, 3};  // of four: even ones, odd ones
+  for (int at = 0; at < BLOCK; ++at) quants[at] = static_cast<Quant>(static_cast<int8_t>(whole[at / 4 * 4 + PLACES[at % 4]]));
+#endif
+}
+
+// A scale that is not finite makes the results of the row so.
+inline void quantize_block(const vfloat (&x)[BLOCK_VECTORS], ActBlock *to) {
+  const float scale = largest_of(x) * (1.0f / 127.0f);
+  const bool tiny = scale < 1.2e-38f;  // its inverse would overflow
+  int32_t sums[2];
+  put_quants(x, tiny ? 0.0f : 1.0f / scale, to->quants, sums);
+  to->scale = tiny ? 0.0f : scale;
+  to->scaled_sum = to->scale * static_cast<float>(sums[0] + sums[1]);
+  to->offset = -128 * (sums[0] + sums[1]);
+  to->halves[0] = -128 * sums[0];
+  to->halves[1] = -128 * sums[1];
 }
 
 // Block `block` of a row of `size` inputs; what is past the end counts as zero.
 template <typename T>
-inline void quantize(const T *x, int64_t size, int64_t block, const ActRow &to) {
-  alignas(64) float values[BLOCK];
+inline void quantize(const T *x, int64_t size, int64_t block, ActBlock *to) {
   const int64_t first = block * BLOCK;
+  vfloat values[BLOCK_VECTORS];
   if (first + BLOCK <= size) {
-    for (int at = 0; at < BLOCK; at += LANES) store(values + at, load(x + first + at));
+    for (int at = 0; at < BLOCK_VECTORS; ++at) values[at] = load(x + first + at * LANES);
   } else {
-    for (int64_t at = 0; at < BLOCK; ++at) values[at] = first + at < size ? to_float(x[first + at]) : 0.0f;
+    for (int at = 0; at < BLOCK; ++at) values[at / LANES][at % LANES] = first + at < size ? to_float(x[first + at]) : 0.0f;
   }
   quantize_block(values, to);
 }

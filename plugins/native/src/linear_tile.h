@@ -36,7 +36,7 @@ struct Tile {
   const Panel *panel;
   const float *bias;  // of the panel, or NULL
   const uint8_t *x;   // activations in the form that the panel's format takes
-  int64_t x_stride;   // bytes; of plain activations
+  int64_t x_stride;   // bytes
   int64_t depth;  // steps of the innermost loop
   uint8_t *out;   // [rows, panel's rows]
   int64_t out_stride;  // bytes
