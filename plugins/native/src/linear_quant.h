@@ -71,15 +71,17 @@ inline float largest_of(const vfloat (&x)[BLOCK_VECTORS]) {
   return value;
 }
 
+// To the nearest whole numbers, ties to even: adding 1.5 * 2^23 rounds, and leaves the number in the low bits.
+inline vint rounded(vfloat x, float factor) {
+  return (vint)(x * broadcast(factor) + broadcast(12582912.0f)) - 0x4b400000;
+}
+
 // Quants of a block in the order the products take them, and the sums of its halves.
 inline void put_quants(const vfloat (&x)[BLOCK_VECTORS], float inverse, Quant *quants, int32_t *sums) {
 #if defined(IL_AVX512)
-  __m128i bytes[2];
-  for (int half = 0; half < 2; ++half) {
-    const __m512i rounded = _mm512_maskz_cvtps_epi32(0xffff, (__m512)(x[half] * broadcast(inverse)));
-    bytes[half] = _mm512_maskz_cvtepi32_epi8(0xffff, rounded);
-  }
-  const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes[0]), bytes[1], 1);
+  const __m128i first = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)rounded(x[0], inverse));
+  const __m128i last = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)rounded(x[1], inverse));
+  const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(first), last, 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(quants), all);
   __m256i sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), all);
   sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
@@ -87,19 +89,19 @@ inline void put_quants(const vfloat (&x)[BLOCK_VECTORS], float inverse, Quant *q
   sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
   sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
 #else
+  constexpr int PLACES[4] = {0, 2, 1, 3};  // of four: even ones, odd ones
   alignas(32) int32_t whole[BLOCK];
   for (int half = 0; half < 2; ++half) {
     vint sum{};
     for (int at = half * BLOCK_VECTORS / 2; at < (half + 1) * BLOCK_VECTORS / 2; ++at) {
-      // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
-      const vint rounded = (vint)(x[at] * broadcast(inverse) + broadcast(12582912.0f)) - 0x4b400000;
-      sum += rounded;
-      *reinterpret_cast<vint *>(whole + at * LANES) = rounded;
+      const vint some = rounded(x[at], inverse);
+      sum += some;
+      *reinterpret_cast<vint *>(whole + at * LANES) = some;
     }
     sums[half] = over_lanes(sum, [](vint4 a, vint4 b) { return a + b; });
   }
-  constexpr int PLACES[4] = {0, 2, 1, 3};  // of four: even ones, odd ones
-  for (int at = 0; at < BLOCK; ++at) quants[at] = static_cast<Quant>(static_cast<int8_t>(whole[at / 4 * 4 + PLACES[at % 4]]));
+  // A scale that is not finite makes quants of any size: cut to bytes, their sums cannot overflow.
+  for (int at = 0; at < BLOCK; ++at) quants[at] = static_cast<int8_t>(whole[at / 4 * 4 + PLACES[at % 4]]);
 #endif
 }
 
