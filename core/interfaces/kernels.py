@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     from interlace.interfaces.model import LayerCache, Model
     from interlace.interfaces.weights import BlockWeight
-    from interlace.sampling.device import SamplingColumns, SamplingMode
+    from interlace.sampling.device import LogprobColumns, SamplingColumns, SamplingMode
     from interlace.sampling.distribution import Shape
-    from interlace.sampling.logprobs import LogprobColumns
     from interlace.worker.batch import ForwardBatch
 
 OPS = (

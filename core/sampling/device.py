@@ -1,4 +1,5 @@
-"""Sampling whole steps on a device, without the host: the reference of `Kernels.sample`.
+"""Sampling whole steps on a device, without the host: the reference of `Kernels.sample`; and what `Kernels.sample` and
+`Kernels.logprobs` take and give.
 
 The numbers are those of `interlace.sampling.random` and the distribution that of `interlace.sampling.distribution`,
 said here in shapes that no value decides, so that nothing waits for the device and a device graph can hold all of it.
@@ -34,6 +35,17 @@ class SamplingColumns(NamedTuple):
     """int64: which of a request's `n` samples the row belongs to."""
     position: torch.Tensor
     """int64: number of output tokens before the one that is drawn."""
+
+
+class LogprobColumns(NamedTuple):
+    """Log probabilities as tensors, by row. Entry 0 is the chosen token, the others are the most likely in order."""
+
+    token_ids: torch.Tensor
+    """[rows, entries] int64."""
+    values: torch.Tensor
+    """[rows, entries] float32."""
+    ranks: torch.Tensor
+    """[rows] int64: of the chosen token, 1 = most likely."""
 
 
 class SamplingMode(enum.IntEnum):

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from interlace.messages import TokenLogprobs
+from interlace.sampling.device import LogprobColumns
 from interlace.sampling.distribution import largest
 from interlace.sampling.params import MAX_LOGPROBS
 
 _ROWS_AT_ONCE = 64
 """Prompt positions normalised together; bounds the memory beside the logits."""
-
-
-class LogprobColumns(NamedTuple):
-    """Log probabilities as tensors, by row. Entry 0 is the chosen token, the others are the most likely in order."""
-
-    token_ids: torch.Tensor
-    """[rows, entries] int64."""
-    values: torch.Tensor
-    """[rows, entries] float32."""
-    ranks: torch.Tensor
-    """[rows] int64: of the chosen token, 1 = most likely."""
 
 
 def logprob_columns(logprobs: torch.Tensor, token_ids: torch.Tensor, most: int) -> LogprobColumns:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from interlace.sampling.device import SamplingColumns, SamplingMode
+from interlace.sampling.device import LogprobColumns, SamplingColumns, SamplingMode
 from interlace.sampling.distribution import Shape, final_probabilities
-from interlace.sampling.logprobs import LogprobColumns
 from interlace.sampling.params import MAX_LOGPROBS
 from interlace.sampling.random import uniform
 

@@ -12,8 +12,7 @@ from interlace.interfaces.attention import AttentionBackend
 from interlace.interfaces.kernels import Kernels
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
 from interlace.kv.specs import NULL_BLOCK
-from interlace.sampling.device import SamplingColumns
-from interlace.sampling.logprobs import LogprobColumns
+from interlace.sampling.device import LogprobColumns, SamplingColumns
 from interlace.sampling.params import MAX_LOGPROBS
 from interlace.worker.batch import DecodeBatch, ForwardBatch
 from interlace.worker.device_batch import Array, DeviceBatch, StepInputs

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from interlace.messages import TokenLogprobs
-from interlace.sampling.logprobs import LogprobColumns, entries_of
+from interlace.sampling.device import LogprobColumns
+from interlace.sampling.logprobs import entries_of
 from interlace.worker.step_buffers import Layout
 
 Array = npt.NDArray[Any]

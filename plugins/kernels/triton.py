@@ -14,11 +14,10 @@ import torch
 
 from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.plugins.triton import runtime
-from interlace.sampling.device import SamplingColumns, SamplingMode
+from interlace.sampling.device import LogprobColumns, SamplingColumns, SamplingMode
 
 if TYPE_CHECKING:
     from interlace.sampling.distribution import Shape
-    from interlace.sampling.logprobs import LogprobColumns
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_VOCAB = 1 << 18

@@ -17,7 +17,7 @@ import triton.language as tl
 from interlace.plugins.triton.runtime import launch
 from interlace.plugins.triton.sampling import PART
 from interlace.plugins.triton.weights import order, pack, value_of
-from interlace.sampling.logprobs import LogprobColumns
+from interlace.sampling.device import LogprobColumns
 from interlace.sampling.params import MAX_LOGPROBS
 
 _BEYOND = tl.constexpr((1 << 63) - 1)

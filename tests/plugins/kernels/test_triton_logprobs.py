@@ -7,7 +7,8 @@ import torch
 
 from interlace.interfaces.kernels import Kernels, KernelSpec
 from interlace.plugins.kernels.triton import TritonKernels
-from interlace.sampling.logprobs import LogprobColumns, report_logits
+from interlace.sampling.device import LogprobColumns
+from interlace.sampling.logprobs import report_logits
 
 KERNELS = TritonKernels(Kernels.Options(), KernelSpec("float32", "cpu"))
 VOCAB = 9001  # three parts, the last one not full
