@@ -291,7 +291,7 @@ class AttentionConformance(Conformance):
             skip(f"no device graphs: {reason}")
         paged.capture(rng.choice([6, 8]))
         self._check(paged, {name: rng.choice([1, 2, 9, 40]) for name in "abcd"})
-        for step in range(12):
+        for step in range(7):
             if rng.random() < 0.2:
                 self._check(paged, {rng.choice("abcdef"): rng.choice([2, 7])}, "prefill between graphs")
             names = rng.sample("abcdef", rng.randint(1, 6))
