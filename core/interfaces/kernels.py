@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -80,6 +80,10 @@ class KernelSpec(msgspec.Struct, frozen=True):
         return found
 
 
+Peaks: TypeAlias = "tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]"
+"""Index and value of the largest logit of each row."""
+
+
 class StepProgram(ABC):
     """A model's forward and head as one call per step; made by `Kernels.compile_step`."""
 
@@ -93,6 +97,11 @@ class StepProgram(ABC):
 
         `outputs`: places in the token dimension whose logits are wanted. Both results are buffers of the program that
         the next `run` overwrites; the caller may write into the logits."""
+
+    def peaks(self) -> Peaks | None:
+        """`Kernels.argmax` of the logits as the last `run` left them, if the program found it on the way: buffers, too.
+        A sampler that finds these logits unchanged need not look through them."""
+        return None
 
     def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
         """Run the step op by op; seconds by kind of op. Empty, and nothing run, if the program cannot tell."""
@@ -240,7 +249,7 @@ class Kernels:
         run = self.make_linear(weight) if isinstance(weight, torch.Tensor) else self.make_block_linear(weight)
         return lambda hidden: run(hidden).float()
 
-    def argmax(self, logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def argmax(self, logits: torch.Tensor) -> Peaks:
         """Of logits [rows, vocab] float32: the index of each row's largest value (the first of equal ones; NaN counts
         as the largest) and that value, both [rows] on the host."""
         from interlace.sampling.argmax import argmax

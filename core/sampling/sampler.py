@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from interlace.errors import InvalidRequestError
+from interlace.interfaces.kernels import Peaks
 from interlace.interfaces.logits_processor import LogitsProcessor, LogitsRow
 from interlace.messages import Admission, TokenLogprobs
 from interlace.sampling.argmax import argmax
@@ -28,7 +29,7 @@ _NOTHING_LEFT = (
     "no token is left to choose from: allowed_token_ids, bad_words, min_tokens and logits processors together "
     "exclude the whole vocabulary"
 )
-Argmax = Callable[[torch.Tensor], tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
+Argmax = Callable[[torch.Tensor], Peaks]
 """`Kernels.argmax`."""
 Draw = Callable[[torch.Tensor, list[int], Sequence[Shape], npt.NDArray[np.float64]], npt.NDArray[np.int64]]
 """`Kernels.draw`."""
@@ -126,7 +127,9 @@ class Sampler:
                 except Exception as error:
                     _report(name, "remove", error)
 
-    def sample(self, logits: torch.Tensor, slots: Sequence[int], histories: Histories) -> SampledRows:
+    def sample(
+        self, logits: torch.Tensor, slots: Sequence[int], histories: Histories, peaks: Peaks | None = None
+    ) -> SampledRows:
         """Choose one token per row.
 
         Args:
@@ -135,6 +138,7 @@ class Sampler:
             histories: `histories[row]` gives all tokens before the one to choose, prompt first, as an int32 array;
                 their number decides the output position. Asked only for rows that are random or look back, so that
                 views made on demand cost a greedy batch nothing. Not changed, and not kept.
+            peaks: the argmax of `logits`, where it is known; overwritten.
         """
         errors = self._rows_of_refused(slots)
         reporting = _rows_in(self._reporting, slots)
@@ -142,10 +146,12 @@ class Sampler:
         if self._edited:
             edit_logits(logits, [(row, self._slots[slots[row]]) for row in _rows_in(self._edited, slots)], histories)
         self._apply_processors(logits, slots, histories, errors)
-        token_ids, peaks = self._argmax(logits)
-        if not np.isfinite(peaks).all():
-            for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
-                errors.setdefault(row, _NOTHING_LEFT if peaks[row] == -math.inf else NOT_A_NUMBER)
+        if peaks is None or self._edited or any(self._processed.values()):
+            peaks = self._argmax(logits)
+        token_ids, values = peaks
+        if not np.isfinite(values).all():
+            for row in np.flatnonzero(~np.isfinite(values)).tolist():
+                errors.setdefault(row, _NOTHING_LEFT if values[row] == -math.inf else NOT_A_NUMBER)
         rows = [row for row in _rows_in(self._random, slots) if row not in errors]
         if rows:
             self._draw(logits, rows, slots, histories, token_ids, errors)

@@ -135,14 +135,15 @@ class ModelRunner:
     def sample(
         self, plan: StepPlan, rows: Sequence[int], logits: torch.Tensor, errors: dict[int, str]
     ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
-        """Sample for `rows` of the plan, given their logits [rows, vocab]; fills `errors` for rows that cannot be.
+        """Sample for `rows` of the plan, given their logits [rows, vocab] of the last `forward`; fills `errors` for rows that cannot be.
 
         Returns (tokens per row of the plan, token ids, logprobs by row)."""
         if not rows:
             return [0] * len(plan.slots), [], {}
         slots = plan.slots if len(rows) == len(plan.slots) else [plan.slots[row] for row in rows]
         assert self._sampler is not None
-        sampled = self._sampler.sample(logits, slots, self._batch.histories(slots))
+        peaks = self._program.peaks() if self._program is not None else None
+        sampled = self._sampler.sample(logits, slots, self._batch.histories(slots), peaks)
         token_ids = sampled.token_ids
         if sampled.errors:
             for index, message in sampled.errors.items():

@@ -1,4 +1,4 @@
-"""A model's step as one native call: the recorded ops of forward, gather of the output rows, and head."""
+"""A model's step as one native call: the recorded ops of forward, gather of the output rows, head, and argmax."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from interlace.interfaces.kernels import StepProgram
+from interlace.interfaces.kernels import Peaks, StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
-from interlace.plugins.native.library import COPY_ROWS, LINEAR, OP_NAMES, Op
+from interlace.plugins.native.library import ARGMAX, COPY_ROWS, LINEAR, OP_NAMES, Op
 from interlace.plugins.native.step import StepBuffers
 from interlace.plugins.native.tape import NotRecordableError, Recording, Tape
 from interlace.worker.batch import ForwardBatch
@@ -45,11 +45,17 @@ class NativeProgram(StepProgram):
             self._head = len(ops)  # from here on, ops work on the output rows
             chosen = tape.empty((max_outputs, *self._hidden.shape[1:]), self._hidden.dtype)
             size, row = self._hidden.shape[1], self._hidden.stride(0)
-            addresses = (self._hidden.data_ptr(), chosen.data_ptr())
-            tape.emit(COPY_ROWS, chosen.dtype, max_outputs, (size, row, chosen.stride(0)), (), addresses)
+            copied = (self._hidden.data_ptr(), chosen.data_ptr())
+            tape.emit(COPY_ROWS, chosen.dtype, max_outputs, (size, row, chosen.stride(0)), (), copied)
             self._logits = model.logits(chosen)
+            best, values = tape.empty((max_outputs,), torch.int64), tape.empty((max_outputs,), torch.float32)
+            logits = self._logits
+            addresses = (logits.data_ptr(), best.data_ptr(), values.data_ptr())
+            tape.emit(ARGMAX, logits.dtype, max_outputs, (logits.shape[1], logits.stride(0)), (), addresses)
         if self._logits.shape[0] != max_outputs or self._logits.dtype != torch.float32:
             raise NotRecordableError("the model's logits are not one row of float32 per output")
+        self._peaks = best.numpy(), values.numpy()
+        self._num_outputs = 0  # of the last run
         self._ops = (Op * len(ops))(*ops)
         self._one = (Op * 1)()
 
@@ -59,7 +65,12 @@ class NativeProgram(StepProgram):
     def run(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         step = self._steps.fill(batch, outputs)
         self._library.run(self._ops, len(self._ops), step)
+        self._num_outputs = len(outputs)
         return self._hidden[: batch.num_tokens], self._logits[: len(outputs)]
+
+    def peaks(self) -> Peaks:
+        best, values = self._peaks
+        return best[: self._num_outputs], values[: self._num_outputs]
 
     def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
         step = self._steps.fill(batch, outputs)

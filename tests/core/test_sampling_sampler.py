@@ -93,6 +93,17 @@ def test_greedy_takes_the_first_of_the_most_likely_and_does_nothing_else(monkeyp
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize(
+    "edit", [{}, {"logit_bias": {7: 100.0}}, {"logits_processors": {"add": {"token": 7, "amount": 99}}}]
+)
+def test_a_known_argmax_counts_while_the_logits_are_unchanged(edit):
+    logits = logits_of(1)
+    known = np.array([13]), np.array([1.0], dtype=np.float32)  # on purpose not theirs, to tell who looked
+    sampler = Sampler(VOCAB, {"add": Add()})
+    sampler.add(0, admission(SamplingParams(temperature=0.0, **edit)))
+    assert sampler.sample(logits, [0], [array(1, 2, 3)], known).token_ids == [7 if edit else 13]
+
+
 def test_a_feature_is_forgotten_with_the_last_request_that_used_it(monkeypatch):
     sampler = Sampler(VOCAB, {"add": Add()})
     params = SamplingParams(
