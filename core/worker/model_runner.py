@@ -135,7 +135,8 @@ class ModelRunner:
     def sample(
         self, plan: StepPlan, rows: Sequence[int], logits: torch.Tensor, errors: dict[int, str]
     ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
-        """Sample for `rows` of the plan, given their logits [rows, vocab] of the last `forward`; fills `errors` for rows that cannot be.
+        """Sample for `rows` of the plan, given their logits [rows, vocab] of the last `forward`; fills `errors` for
+        rows that cannot be.
 
         Returns (tokens per row of the plan, token ids, logprobs by row)."""
         if not rows:
