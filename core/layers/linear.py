@@ -165,9 +165,8 @@ class RowParallelLinear(Linear):
         columns: Sequence[slice] | None = None,
     ) -> None:
         self._parallel = build.parallel
-        self._widths: tuple[tuple[int, ...], tuple[int, ...]] | None = (
-            None  # inputs and outputs of each rank, to be gathered
-        )
+        # Where both are gathered: how many inputs and outputs each rank has.
+        self._widths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         rank, size = build.parallel.rank, build.parallel.size
         columns = columns or _shares(in_size, size, f"the inputs of {name}", build.grain)
         part = LinearPart(name, (out_size, in_size), columns=columns[rank])

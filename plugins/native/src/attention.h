@@ -137,6 +137,14 @@ void end_piece(const Layer &layer, const Sequence &sequence, const Piece &piece,
   }
 }
 
+// The kernels fetch keys and values while they work; scales lie apart from these. Always inlined: see `fetch`.
+inline __attribute__((always_inline)) void fetch_scales(const Layer &layer, const Span &span) {
+  for (int64_t at = 0; layer.is_int8 && at < span.count; ++at) {
+    __builtin_prefetch(span.key_scales[at]);
+    __builtin_prefetch(span.value_scales[at]);
+  }
+}
+
 template <typename T>
 void do_tasks(const Layer &layer, const Partials &partials, Thread &thread) {
   static_assert(sizeof(KeyTile<T>) <= Thread::SCRATCH_BYTES, "a thread's scratch is too small");
@@ -152,6 +160,7 @@ void do_tasks(const Layer &layer, const Partials &partials, Thread &thread) {
     is_there = tasks.next(&following);
     next.count = 0;
     if (is_there) find_granules(layer, following, &next);
+    fetch_scales(layer, next);
     const Sequence sequence(*layer.step, task.piece.row);
     if (task.is_first) begin_piece(layer, sequence, task.piece, tile);
     if (!sequence.is_shared(layer) && task.tile == sequence.last_tile())

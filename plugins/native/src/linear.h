@@ -45,9 +45,8 @@ struct Activations {
   int64_t quants_stride;  // per row
 };
 
-// Rows that are whole tiles in every form of the weights.
+// Rows that are whole tiles in every form of the weights, so that none is left over at the end of a chunk.
 constexpr int64_t TILES_ROWS = 24;
-static_assert(TILES_ROWS % FLOAT_TILE_ROWS == 0 && TILES_ROWS % BLOCK_TILE_ROWS == 0, "a chunk must be whole tiles");
 inline int64_t whole_tiles(int64_t rows) { return rows / TILES_ROWS * TILES_ROWS; }
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -144,47 +143,36 @@ struct PanelWork {
   const LinearCall &call;
   const Activations &all;
 
-  // Floating tiles of nearly equal size: one row alone would wait for its multiply-adds one by one.
-  void run_floats(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
-    const bool is_bf16 = panel.format == IL_FMT_BF16;
-    const int64_t tiles = (rows + FLOAT_TILE_ROWS - 1) / FLOAT_TILE_ROWS;
+  // In tiles of nearly equal size: one row alone would wait for its multiply-adds one by one.
+  void run(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
+    const bool is_bf16 = panel.format == IL_FMT_BF16, is_plain = is_bf16 || panel.format == IL_FMT_F32;
+    const int64_t tile_rows = is_plain ? FLOAT_TILE_ROWS : BLOCK_TILE_ROWS, tiles = (rows + tile_rows - 1) / tile_rows;
     for (int64_t at = 0, row = first; at < tiles; ++at) {
       const int64_t count = rows / tiles + (at < rows % tiles);
-      Tile tile = tile_of(panel, row - first, is_bf16 ? (call.linear->in + 1) / 2 : call.linear->in, target);
-      tile.x = all.plain + row * all.plain_stride;
-      tile.x_stride = all.plain_stride;
-      plan_ahead(tile, next, panel.strips * 64, at, tiles);
-      float_kernel(panel.strips, count, is_bf16, tiles <= 2)(tile);
+      Tile tile = tile_of(panel, row - first, target);
+      if (is_plain) {
+        tile.depth = is_bf16 ? (call.linear->in + 1) / 2 : call.linear->in;
+        tile.x = all.plain + row * all.plain_stride;
+        tile.x_stride = all.plain_stride;
+        plan_ahead(tile, next, panel.strips * 64, at, tiles);
+        float_kernel(panel.strips, count, is_bf16, tiles <= 2)(tile);
+      } else {
+        tile.depth = (call.linear->in + BLOCK - 1) / BLOCK;
+        tile.x = all.quants + row * all.quants_stride;
+        tile.x_stride = all.quants_stride;
+        plan_ahead(tile, next, panel.strips * block_bytes(panel.format), at, tiles);
+        block_kernel(panel.format, count)(tile);
+      }
       row += count;
     }
   }
 
-  void run_blocks(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
-    const int64_t tiles = (rows + BLOCK_TILE_ROWS - 1) / BLOCK_TILE_ROWS;
-    for (int64_t at = 0; at < tiles; ++at) {
-      const int64_t row = first + at * BLOCK_TILE_ROWS;
-      Tile tile = tile_of(panel, row - first, (call.linear->in + BLOCK - 1) / BLOCK, target);
-      tile.x = all.quants + row * all.quants_stride;
-      tile.x_stride = all.quants_stride;
-      plan_ahead(tile, next, panel.strips * block_bytes(panel.format), at, tiles);
-      block_kernel(panel.format, std::min<int64_t>(BLOCK_TILE_ROWS, first + rows - row))(tile);
-    }
-  }
-
-  void run(const Panel &panel, const Panel *next, int64_t first, int64_t rows, const Target &target) const {
-    if (panel.format == IL_FMT_BF16 || panel.format == IL_FMT_F32)
-      run_floats(panel, next, first, rows, target);
-    else
-      run_blocks(panel, next, first, rows, target);
-  }
-
   // `row`: of those that are computed.
-  Tile tile_of(const Panel &panel, int64_t row, int64_t depth, const Target &target) const {
+  Tile tile_of(const Panel &panel, int64_t row, const Target &target) const {
     const il_linear &linear = *call.linear;
     Tile tile{};
     tile.panel = &panel;
     tile.bias = linear.bias == nullptr ? nullptr : linear.bias + panel.first;
-    tile.depth = depth;
     tile.out = target.first + row * target.stride;
     tile.out_stride = target.stride;
     tile.wide = call.out_wide;

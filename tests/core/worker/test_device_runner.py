@@ -165,7 +165,7 @@ def test_only_rows_that_need_the_host_are_sampled_there(tiny_spec, drive, monkey
     seen = []
     sample = Sampler.sample
     monkeypatch.setattr(
-        Sampler, "sample", lambda self, logits, slots, rest: seen.append(slots) or sample(self, logits, slots, rest)
+        Sampler, "sample", lambda self, logits, slots, *rest: seen.append(slots) or sample(self, logits, slots, *rest)
     )
     spec = tiny_spec()
     driver = drive(spec, FakeStream())
