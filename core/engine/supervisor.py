@@ -6,11 +6,12 @@ one is being started are refused with `EngineRestartingError`. An engine that di
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -65,18 +66,15 @@ class Supervisor(EngineClient):
         return info
 
     def add(self, requests: list[EngineRequest]) -> None:
-        try:
+        with self._foreseeing():
             self._engine().add(requests)
-        except EngineRestartingError:
-            raise
-        except EngineDeadError as error:
-            raise self._foresee(error) from error.__cause__
 
     def abort(self, request_ids: list[str]) -> None:
         self._engine().abort(request_ids)
 
     def control(self, operation: str, **arguments: Any) -> Any:
-        return self._engine().control(operation, **arguments)
+        with self._foreseeing():
+            return self._engine().control(operation, **arguments)
 
     def health(self, timeout: float = 5.0) -> EngineHealth:
         """As every client's, but never raises: `restarting` and `dead` are statuses."""
@@ -100,6 +98,15 @@ class Supervisor(EngineClient):
             client.shutdown()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    @contextlib.contextmanager
+    def _foreseeing(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineRestartingError:
+            raise
+        except EngineDeadError as error:
+            raise self._foresee(error) from error.__cause__
 
     def _foresee(self, error: EngineDeadError) -> EngineDeadError:
         """What will be said of a death: the engine may have died this very moment, and the thread that decides what

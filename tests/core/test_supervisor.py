@@ -133,6 +133,16 @@ def test_while_it_starts_everything_is_refused_with_a_time_to_come_back():
         assert bench.supervisor.control("echo") == 2
 
 
+@pytest.mark.parametrize("max_restarts", [3, 0])
+def test_who_finds_it_dead_before_it_is_told_is_answered_alike(max_restarts):
+    with Bench(max_restarts=max_restarts) as bench:
+        bench.made[0].dead = EngineDeadError("engine 1 died")
+        for use in (lambda: bench.supervisor.add(["b"]), lambda: bench.supervisor.control("echo")):
+            with pytest.raises(EngineDeadError, match="engine 1 died") as caught:
+                use()
+            assert isinstance(caught.value, EngineRestartingError) == (max_restarts > 0)
+
+
 def test_the_time_to_come_back_is_what_the_last_start_took():
     bench = Bench()
     make = bench.supervisor._make
