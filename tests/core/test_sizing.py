@@ -33,17 +33,24 @@ def test_kept_weights_count_in_their_own_type() -> None:
     assert plan(dtype="bfloat16", weights="float32").weights_bytes == 134_515_008 * 4
 
 
+class KeepsBlocks(Kernels):
+    """Has a block product of its own, which is never asked for one here."""
+
+    def make_block_linear(self, parts, bias=None):
+        raise AssertionError("only sizes are asked for")
+
+
+def keeping_blocks(given: KernelSpec) -> ResolvedKernels:
+    return ResolvedKernels(given, {"make_block_linear": KeepsBlocks(KeepsBlocks.Options(), given).make_block_linear})
+
+
 def test_blocks_that_are_kept_count_as_they_are_stored() -> None:
     """SmolLM2's file: 106,168,320 values in Q4_1, 28,311,552 in Q8_0, the rest in float32."""
-
-    class KeepsBlocks(Kernels):
-        def make_block_linear(self, parts, bias=None):
-            raise NotImplementedError
 
     loaded = load_settings(constructor={"dtype": "bfloat16"})
     spec = resolve(loaded, PluginManager(loaded.settings))
     given = KernelSpec("bfloat16", "cpu")
-    kernels = ResolvedKernels(given, {"make_block_linear": KeepsBlocks(KeepsBlocks.Options(), given).make_block_linear})
+    kernels = keeping_blocks(given)
     size, how = plan_weights(spec.architecture.load(), spec, kernels, spec.open_checkpoint())
     in_blocks = 106_168_320 // 32 * 20 + 28_311_552 // 32 * 34
     assert size == in_blocks + 2 * (134_515_008 - 106_168_320 - 28_311_552)
@@ -81,14 +88,10 @@ def test_ranks_gather_where_products_round_their_inputs(settings: dict[str, obje
 def test_where_inputs_are_cut_blocks_that_are_kept_stay_whole() -> None:
     """Kernels that multiply the file's blocks with x as it is: partial sums are as exact as any."""
 
-    class KeepsBlocks(Kernels):
-        def make_block_linear(self, parts, bias=None):
-            raise NotImplementedError
-
     loaded = load_settings(constructor={"dtype": "bfloat16"})
     spec = resolve(loaded, PluginManager(loaded.settings))
     given = KernelSpec("bfloat16", "cpu")
-    kernels = ResolvedKernels(given, {"make_block_linear": KeepsBlocks(KeepsBlocks.Options(), given).make_block_linear})
+    kernels = keeping_blocks(given)
     context = build_context(spec, kernels, "meta", None, spec.open_checkpoint().stored())
     assert (context.gather, context.grain) == (False, 32)
 
