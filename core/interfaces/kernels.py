@@ -98,13 +98,19 @@ class StepProgram(ABC):
         `outputs`: places in the token dimension whose logits are wanted. Both results are buffers of the program that
         the next `run` overwrites; the caller may write into the logits."""
 
+    def run_greedy(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, Peaks] | None:
+        """Like `run`, for a step of which nobody wants more than the argmax: (hidden, what `Kernels.argmax` gives of
+        the logits that `run` gives, to the bit). Buffers, too. None, and nothing run, if `run` is as quick."""
+        return None
+
     def peaks(self) -> Peaks | None:
         """`Kernels.argmax` of the logits as the last `run` left them, if the program found it on the way: buffers, too.
         A sampler that finds these logits unchanged need not look through them."""
         return None
 
     def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
-        """Run the step op by op; seconds by kind of op. Empty, and nothing run, if the program cannot tell."""
+        """Run the step op by op, as the last `run` or `run_greedy` did; seconds by kind of op. Empty, and nothing run,
+        if the program cannot tell."""
         return {}
 
 

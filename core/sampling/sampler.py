@@ -149,16 +149,24 @@ class Sampler:
         if peaks is None or self._edited or any(self._processed.values()):
             peaks = self._argmax(logits)
         token_ids, values = peaks
-        if not np.isfinite(values).all():
-            for row in np.flatnonzero(~np.isfinite(values)).tolist():
-                errors.setdefault(row, _NOTHING_LEFT if values[row] == -math.inf else NOT_A_NUMBER)
+        _note_unsound(values, errors)
         rows = [row for row in _rows_in(self._random, slots) if row not in errors]
         if rows:
             self._draw(logits, rows, slots, histories, token_ids, errors)
-        for row in errors:
-            token_ids[row] = -1
-        chosen: list[int] = token_ids.tolist()
+        chosen = _sound(token_ids, errors)
         return SampledRows(chosen, {} if raw is None else self._logprobs(raw, reporting, slots, chosen), errors)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the requests at hand need nothing of their logits but the argmax: `choose` then does for `sample`."""
+        return not (self._random or self._edited or self._reporting or any(self._processed.values()))
+
+    def choose(self, peaks: Peaks, slots: Sequence[int]) -> SampledRows:
+        """`sample` of greedy requests, given the argmax of their logits; overwritten."""
+        token_ids, values = peaks
+        errors = self._rows_of_refused(slots)
+        _note_unsound(values, errors)
+        return SampledRows(_sound(token_ids, errors), {}, errors)
 
     def rows_on_host(self, slots: Sequence[int]) -> list[int]:
         """Rows that need this sampler: they ask for more than `Kernels.sample` and `Kernels.logprobs` do."""
@@ -240,6 +248,21 @@ class Sampler:
 def _rows_in(chosen: set[int] | dict[int, str], slots: Sequence[int]) -> list[int]:
     """Rows whose slot is one of `chosen`."""
     return [row for row, slot in enumerate(slots) if slot in chosen] if chosen else []
+
+
+def _note_unsound(values: npt.NDArray[np.float32], errors: dict[int, str]) -> None:
+    """Rows whose largest logit is no finite number, unless they have failed already."""
+    if not np.isfinite(values).all():
+        for row in np.flatnonzero(~np.isfinite(values)).tolist():
+            errors.setdefault(row, _NOTHING_LEFT if values[row] == -math.inf else NOT_A_NUMBER)
+
+
+def _sound(token_ids: npt.NDArray[np.int64], errors: Mapping[int, str]) -> list[int]:
+    """-1 in failed rows."""
+    for row in errors:
+        token_ids[row] = -1
+    chosen: list[int] = token_ids.tolist()
+    return chosen
 
 
 def _report(name: str, action: str, error: Exception) -> str:

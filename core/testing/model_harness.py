@@ -103,7 +103,10 @@ class ModelHarness:
         with torch.inference_mode():
             batch = self._pager.next_batch(tokens)
             if self._program is not None:
+                greedy = self._program.run_greedy(batch, range(batch.num_tokens))
+                chosen = None if greedy is None else greedy[1][0].tolist()
                 logits = self._program.run(batch, range(batch.num_tokens))[1].clone()
+                assert chosen in (None, logits.argmax(1).tolist()), "`run_greedy` gives other tokens than `run`"
                 return dict(zip(tokens, logits.split(batch.query_lens), strict=True))  # type: ignore[no-untyped-call]
             metadata = [backend.prepare(batch, number) for number, backend in enumerate(self._backends)]
             ctx = self._context(self._layers, metadata)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from interlace.interfaces.attention import AttentionBackend
-from interlace.interfaces.kernels import StepProgram
+from interlace.interfaces.kernels import Peaks, StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model, Parallel
 from interlace.messages import SampledTokens, StepPlan, StepResult, TokenLogprobs
 from interlace.sampling.sampler import Sampler
@@ -94,13 +94,13 @@ class ModelRunner:
         rows = _sampling_rows(plan)
         outputs = _outputs_of(batch, rows)
         marks.append(self._now())
-        ops = self._program.profile(batch, outputs) if self._program else {}
-        started = self._now()
         _, logits = self.forward(batch, outputs)
-        marks += [self._now() - started, self._now()]
+        marks.append(self._now())
+        ops = self._program.profile(batch, outputs) if self._program else {}
         self._batch.advance(plan)
+        marks.append(self._now())
         self.sample(plan, rows, logits, {})
-        parts = {"batch": marks[1] - marks[0], "model": marks[2], "sampling": self._now() - marks[3]}
+        parts = {"batch": marks[1] - marks[0], "model": marks[2] - marks[1], "sampling": self._now() - marks[3]}
         return parts | {f"model: {name}": seconds for name, seconds in ops.items()}
 
     def _apply(self, plan: StepPlan) -> None:
@@ -119,11 +119,13 @@ class ModelRunner:
                 self._prompt_logprobs.add(admission.slot)
         self._batch.append_blocks(plan)
 
-    def forward(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`.
-        Before the last pipeline stage there is nothing of either: the next stage has them."""
+    def forward(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | Peaks]:
+        """Hidden states [tokens, hidden] of the flattened batch; logits [outputs, vocab] of its places `outputs`, or
+        their argmax where that is all that the requests at hand need and it is quicker to have. Before the last
+        pipeline stage there is nothing of either: the next stage has them."""
         if self._program is not None:
-            return self._program.run(batch, outputs)
+            greedy = self._program.run_greedy(batch, outputs) if self._sampler and self._sampler.is_greedy else None
+            return greedy or self._program.run(batch, outputs)
         metadata: list[Any] = [backend.prepare(batch, group) for group, backend in enumerate(self._backends)]
         hidden = self._model.forward(batch.token_ids, batch.positions, ForwardContext(self._layers, metadata)).hidden
         if not outputs:  # prefill chunks that are not their prompts' last
@@ -133,18 +135,21 @@ class ModelRunner:
         return hidden, self._model.logits(hidden[torch.tensor(outputs, dtype=torch.int64, device=hidden.device)])
 
     def sample(
-        self, plan: StepPlan, rows: Sequence[int], logits: torch.Tensor, errors: dict[int, str]
+        self, plan: StepPlan, rows: Sequence[int], logits: torch.Tensor | Peaks, errors: dict[int, str]
     ) -> tuple[list[int], list[int], dict[int, list[TokenLogprobs]]]:
-        """Sample for `rows` of the plan, given their logits [rows, vocab] of the last `forward`; fills `errors` for
-        rows that cannot be.
+        """Sample for `rows` of the plan, given what the last `forward` gave of them; fills `errors` for rows that
+        cannot be.
 
         Returns (tokens per row of the plan, token ids, logprobs by row)."""
         if not rows:
             return [0] * len(plan.slots), [], {}
         slots = plan.slots if len(rows) == len(plan.slots) else [plan.slots[row] for row in rows]
         assert self._sampler is not None
-        peaks = self._program.peaks() if self._program is not None else None
-        sampled = self._sampler.sample(logits, slots, self._batch.histories(slots), peaks)
+        if isinstance(logits, torch.Tensor):
+            peaks = self._program.peaks() if self._program is not None else None
+            sampled = self._sampler.sample(logits, slots, self._batch.histories(slots), peaks)
+        else:
+            sampled = self._sampler.choose(logits, slots)
         token_ids = sampled.token_ids
         if sampled.errors:
             for index, message in sampled.errors.items():

@@ -34,6 +34,11 @@ class NativeKernels(Kernels):
         isa: Literal["auto", "avx512", "avx2", "portable"] = Field(
             default="auto", description="Instruction set to use; `auto`: the best this CPU has."
         )
+        screen_head: bool = Field(
+            default=True,
+            description="Find greedy tokens with an 8-bit copy of a head in bf16 or float32 and check them against the "
+            "head: the same tokens, for half of the head's time and a quarter to a half more of its memory.",
+        )
 
     batch_invariant: ClassVar[frozenset[str]] = frozenset(
         {
@@ -89,7 +94,8 @@ class NativeKernels(Kernels):
         self, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int
     ) -> StepProgram | str:
         try:
-            return NativeProgram(self._tape, model, layers, max_tokens, max_outputs)
+            screens = self.options.screen_head
+            return NativeProgram(self._tape, model, layers, max_tokens, max_outputs, screens_head=screens)
         except NotRecordableError as error:
             return str(error)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 3
+ABI = 4
 AUTO = "auto"
 
 F32, BF16 = 0, 1
@@ -32,7 +32,8 @@ TOKENS, OUTPUTS = -1, -2
     SCALE,
     BLOCK_EMBEDDING,
     DRAW,
-) = range(13)
+    SCREENED_ARGMAX,
+) = range(14)
 
 OP_NAMES = (
     "rms_norm",
@@ -48,6 +49,7 @@ OP_NAMES = (
     "scale",
     "block_embedding",
     "draw",
+    "screened_argmax",
 )
 """By code."""
 
@@ -125,6 +127,9 @@ def _load(path: str | None = None) -> ctypes.CDLL:
         "il_linear_free": (None, [pointer]),
         "il_linear_bytes": (c_int64, [pointer]),
         "il_linear_has_halves": (c_int32, [pointer]),
+        "il_screen_make": (pointer, [pointer, pointer, c_int32]),
+        "il_screen_copy": (pointer, [pointer]),
+        "il_screen_free": (None, [pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name, None)

@@ -133,6 +133,22 @@ class NativeLinear:
         return out
 
 
+class HeadScreen:
+    """An 8-bit copy of a head, to find the largest of its logits with (src/head_screen.h)."""
+
+    def __init__(self, functions: ctypes.CDLL, handle: int) -> None:
+        self.handle = handle
+        self.copy: int = functions.il_screen_copy(handle)
+        """Of the packed copy: a weight like any other."""
+        weakref.finalize(self, functions.il_screen_free, handle)
+
+    @classmethod
+    def make(cls, library: native.Library, head: native.Op) -> HeadScreen | None:
+        """Of the weight of an op, which must outlive it. None if it is no matrix in the type of its activations."""
+        handle = library.functions.il_screen_make(library.handle, head.p[2], head.dtype)
+        return None if handle is None else cls(library.functions, handle)
+
+
 def _format(part: Any) -> int:
     return FLOATS[part.dtype] if isinstance(part, torch.Tensor) else BLOCKS[part.format]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
 
@@ -9,7 +10,8 @@ import torch
 
 from interlace.interfaces.kernels import Peaks, StepProgram
 from interlace.interfaces.model import ForwardContext, LayerCache, Model
-from interlace.plugins.native.library import ARGMAX, COPY_ROWS, LINEAR, OP_NAMES, Op
+from interlace.plugins.native.library import ARGMAX, COPY_ROWS, LINEAR, OP_NAMES, SCREENED_ARGMAX, Op
+from interlace.plugins.native.linear import HeadScreen
 from interlace.plugins.native.step import StepBuffers
 from interlace.plugins.native.tape import NotRecordableError, Recording, Tape
 from interlace.worker.batch import ForwardBatch
@@ -20,11 +22,37 @@ def name_of(op: Op) -> str:
     return "gated linear" if op.code == LINEAR and op.i[3] else OP_NAMES[op.code]
 
 
+def _find_head(ops: Sequence[Op]) -> Op | None:
+    """The op that makes the logits of a step, if the argmax that ends it sees exactly these."""
+    head, argmax = ops[-2:]
+    return head if head.code == LINEAR and argmax.code == ARGMAX and head.p[1] == argmax.p[0] else None
+
+
+def _screened(ops: Sequence[Op], screen: HeadScreen) -> list[Op]:
+    """The ops of a step that gives nothing but the argmax."""
+    head, argmax = ops[-2:]
+    rough, checked = Op.from_buffer_copy(head), Op.from_buffer_copy(argmax)
+    rough.p[2] = screen.copy
+    checked.code, checked.dtype, checked.i[2] = SCREENED_ARGMAX, head.dtype, head.i[0]
+    checked.p[3], checked.p[4] = head.p[0], screen.handle
+    return [*ops[:-2], rough, checked]
+
+
 class NativeProgram(StepProgram):
     """Ops recorded at the largest number of rows, replayed for every batch."""
 
-    def __init__(self, tape: Tape, model: Model, layers: list[LayerCache], max_tokens: int, max_outputs: int) -> None:
-        """Record `model`. Raises `NotRecordableError`."""
+    def __init__(
+        self,
+        tape: Tape,
+        model: Model,
+        layers: list[LayerCache],
+        max_tokens: int,
+        max_outputs: int,
+        *,
+        screens_head: bool = True,
+    ) -> None:
+        """Record `model`; `screens_head`: greedy tokens are found as src/head_screen.h says, if the head allows it.
+        Raises `NotRecordableError`."""
         for layer in layers:
             if getattr(layer.backend, "library", None) is None:
                 raise NotRecordableError(
@@ -57,16 +85,29 @@ class NativeProgram(StepProgram):
         self._peaks = best.numpy(), values.numpy()
         self._num_outputs = 0  # of the last run
         self._ops = (Op * len(ops))(*ops)
+        head = _find_head(ops) if screens_head else None
+        self._screen = HeadScreen.make(self._library, head) if head is not None else None
+        self._greedy_ops = (Op * len(ops))(*_screened(ops, self._screen)) if self._screen else None
+        self._last_ops = self._ops
         self._one = (Op * 1)()
 
     def describe(self) -> str:
-        return f"{len(self._ops)} native ops in one call, {self._library.threads} thread(s), {self._library.isa}"
+        what = f"{len(self._ops)} native ops in one call, {self._library.threads} thread(s), {self._library.isa}"
+        return f"{what}, greedy tokens by an 8-bit copy of the head, checked" if self._greedy_ops else what
 
     def run(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        step = self._steps.fill(batch, outputs)
-        self._library.run(self._ops, len(self._ops), step)
-        self._num_outputs = len(outputs)
+        self._run(self._ops, batch, outputs)
         return self._hidden[: batch.num_tokens], self._logits[: len(outputs)]
+
+    def run_greedy(self, batch: ForwardBatch, outputs: Sequence[int]) -> tuple[torch.Tensor, Peaks] | None:
+        if self._greedy_ops is None:
+            return None
+        self._run(self._greedy_ops, batch, outputs)
+        return self._hidden[: batch.num_tokens], self.peaks()
+
+    def _run(self, ops: ctypes.Array[Op], batch: ForwardBatch, outputs: Sequence[int]) -> None:
+        self._library.run(ops, len(ops), self._steps.fill(batch, outputs))
+        self._last_ops, self._num_outputs = ops, len(outputs)
 
     def peaks(self) -> Peaks:
         best, values = self._peaks
@@ -75,7 +116,7 @@ class NativeProgram(StepProgram):
     def profile(self, batch: ForwardBatch, outputs: Sequence[int]) -> dict[str, float]:
         step = self._steps.fill(batch, outputs)
         seconds: dict[str, float] = {}
-        for number, op in enumerate(self._ops):
+        for number, op in enumerate(self._last_ops):
             self._one[0] = op
             began = time.perf_counter()
             self._library.run(self._one, 1, step)

@@ -9,6 +9,8 @@
 
 namespace IL_ISA {
 
+// A kernel's STRIPS are neighbours of PITCH that a panel has.
+
 // Calls body(step) for all steps and fetches ahead; LINES cache lines a step.
 template <int LINES, typename Body>
 inline __attribute__((always_inline)) void walk(const Tile &tile, Body body) {
@@ -28,7 +30,7 @@ inline __attribute__((always_inline)) void walk(const Tile &tile, Body body) {
 
 #if defined(IL_AVX512)
 
-template <int ROWS, int STRIPS, int LINES>
+template <int ROWS, int STRIPS, int LINES, int PITCH = STRIPS>
 void bf16_tile(const Tile &tile) {
   const uint8_t *x[ROWS];
   __m512 total[ROWS][STRIPS];
@@ -43,7 +45,7 @@ void bf16_tile(const Tile &tile) {
     __m512bh weight[STRIPS];
 #pragma GCC unroll 4
     for (int strip = 0; strip < STRIPS; ++strip)
-      weight[strip] = (__m512bh)_mm512_load_si512(weights + (pair * STRIPS + strip) * 64);
+      weight[strip] = (__m512bh)_mm512_load_si512(weights + (pair * PITCH + strip) * 64);
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row) {
       int32_t two;
@@ -65,12 +67,12 @@ void bf16_tile(const Tile &tile) {
 
 #else
 
-template <int ROWS, int STRIPS, int LINES>
+template <int ROWS, int STRIPS, int LINES, int PITCH = STRIPS>
 void bf16_tile(const Tile &tile) {
   constexpr int VECTORS = STRIPS * STRIP / LANES;
   vfloat total[ROWS][VECTORS] = {};
   walk<LINES>(tile, [&](int64_t pair) __attribute__((always_inline)) {
-    const uint8_t *weights = tile.panel->values + pair * STRIPS * 64;
+    const uint8_t *weights = tile.panel->values + pair * PITCH * 64;
 #pragma GCC unroll 8
     for (int at = 0; at < VECTORS; ++at) {
       const vuint both = *reinterpret_cast<const vuint *>(weights + at * LANES * 4);
@@ -88,7 +90,7 @@ void bf16_tile(const Tile &tile) {
 
 #endif
 
-template <int ROWS, int STRIPS, int LINES>
+template <int ROWS, int STRIPS, int LINES, int PITCH = STRIPS>
 void f32_tile(const Tile &tile) {
   constexpr int VECTORS = STRIPS * STRIP / LANES;
   const uint8_t *x[ROWS];
@@ -96,7 +98,7 @@ void f32_tile(const Tile &tile) {
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) x[row] = tile.x + row * tile.x_stride;
   walk<LINES>(tile, [&](int64_t k) __attribute__((always_inline)) {
-    const float *weights = reinterpret_cast<const float *>(tile.panel->values) + k * STRIPS * STRIP;
+    const float *weights = reinterpret_cast<const float *>(tile.panel->values) + k * PITCH * STRIP;
     vfloat weight[VECTORS];
 #pragma GCC unroll 8
     for (int at = 0; at < VECTORS; ++at) weight[at] = load(weights + at * LANES);
@@ -135,6 +137,17 @@ struct FloatKernels {
     return of<ROWS>(is_bf16, alone);
   }
 };
+
+// One strip of a panel times one row; fetches a line a step.
+inline TileKernel strip_kernel(int64_t pitch, bool is_bf16) {
+  if (pitch == 1) return is_bf16 ? bf16_tile<1, 1, 1> : f32_tile<1, 1, 1>;
+#if defined(IL_AVX512)
+  if (pitch == 2) return is_bf16 ? bf16_tile<1, 1, 1, 2> : f32_tile<1, 1, 1, 2>;
+  return is_bf16 ? bf16_tile<1, 1, 1, 3> : f32_tile<1, 1, 1, 3>;
+#else
+  return nullptr;
+#endif
+}
 
 inline TileKernel float_kernel(int64_t strips, int64_t rows, bool is_bf16, bool alone) {
   if (strips == 1) return FloatKernels<1>::choose(rows, is_bf16, alone);

@@ -105,13 +105,17 @@ inline void put_quants(const vfloat (&x)[BLOCK_VECTORS], float inverse, Quant *q
 #endif
 }
 
+// 0 if its inverse would overflow.
+inline float scale_of(const vfloat (&x)[BLOCK_VECTORS]) {
+  const float scale = largest_of(x) * (1.0f / 127.0f);
+  return scale < 1.2e-38f ? 0.0f : scale;
+}
+
 // A scale that is not finite makes the results of the row so.
 inline void quantize_block(const vfloat (&x)[BLOCK_VECTORS], ActBlock *to) {
-  const float scale = largest_of(x) * (1.0f / 127.0f);
-  const bool tiny = scale < 1.2e-38f;  // its inverse would overflow
+  to->scale = scale_of(x);
   int32_t sums[2];
-  put_quants(x, tiny ? 0.0f : 1.0f / scale, to->quants, sums);
-  to->scale = tiny ? 0.0f : scale;
+  put_quants(x, to->scale == 0.0f ? 0.0f : 1.0f / to->scale, to->quants, sums);
   to->scaled_sum = to->scale * static_cast<float>(sums[0] + sums[1]);
   to->offset = -128 * (sums[0] + sums[1]);
   to->halves[0] = -128 * sums[0];

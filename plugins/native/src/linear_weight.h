@@ -58,3 +58,11 @@ struct il_linear {
   bool has_f32 = false;
   bool has_blocks = false;
 };
+
+// A head in bf16 or float32, and what finds the largest of its results sooner (head_screen.h).
+struct il_screen {
+  const il_linear *exact = nullptr;
+  il_linear *copy = nullptr;      // the same rows in Q8_0
+  const float *norms = nullptr;   // [out and some] of the head's rows
+  const float *errors = nullptr;  // [out and some] of the head's rows minus the copy's
+};

@@ -12,7 +12,7 @@
 extern "C" {
 
 // Grows when a structure or an op changes its meaning; library.py refuses another one.
-#define IL_ABI 3
+#define IL_ABI 4
 
 // Types of activations and plain weights.
 enum il_dtype : int32_t { IL_F32 = 0, IL_BF16 = 1 };
@@ -34,6 +34,7 @@ enum il_code : int32_t {
   IL_SCALE = 10,
   IL_BLOCK_EMBEDDING = 11,
   IL_DRAW = 12,
+  IL_SCREENED_ARGMAX = 13,
   IL_NUM_CODES
 };
 
@@ -127,5 +128,15 @@ void il_linear_free(il_linear *linear);
 int64_t il_linear_bytes(const il_linear *linear);
 // Whether a gate can be part of the product: panels of the first half of the outputs lie as those of the second half do.
 int32_t il_linear_has_halves(const il_linear *linear);
+
+// ── the argmax of a head (head_screen.h) ──────────────────────────────────────────────────────────────────────────
+
+struct il_screen;
+
+// An 8-bit copy of a head, to find its largest results with; the head must outlive it. NULL if the weight is not kept in
+// `dtype`, has a bias, or rows that are no multiple of 32 inputs; or if there is no memory.
+il_screen *il_screen_make(il_runtime *runtime, const il_linear *exact, int32_t dtype);
+const il_linear *il_screen_copy(const il_screen *screen);
+void il_screen_free(il_screen *screen);
 }
 #pragma GCC visibility pop

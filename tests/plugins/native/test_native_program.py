@@ -94,6 +94,9 @@ def test_outputs_choose_rows_and_may_be_none():
         assert torch.equal(chosen, logits[[4, 2]])
         best, values = one._program.peaks()
         assert best.tolist() == logits[[4, 2]].argmax(1).tolist() and values.tolist() == logits[[4, 2]].amax(1).tolist()
+        same, (tokens, largest) = one._program.run_greedy(batch, [4, 2])
+        assert torch.equal(same, hidden)
+        assert tokens.tolist() == best.tolist() and largest.tolist() == values.tolist()
         again, none = one._program.run(batch, [])
         assert [len(part) for part in one._program.peaks()] == [0, 0]
     assert none.shape == (0, 97)
