@@ -6,7 +6,7 @@ The same functions serve `interlace config plan`, so what it prints is what a st
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -169,10 +169,10 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, 
     providers: dict[str, Kernels] = {}  # built when they win an op: what cannot run here is not built
     ops: dict[str, Any] = {}
     won: dict[str, dict[str, list[str]]] = {}  # provider → how it runs them → ops
-    against: dict[str, None] = {}
+    against: dict[str, dict[str, list[str]]] = {}  # provider → its reason → ops
     for op in OPS:
         for component, target in candidates:
-            if getattr(target, op) is getattr(Kernels, op):
+            if not _has_own(target, op):
                 continue
             with component.blamed():
                 reason = _auto_refusal(component, target, spec.device) or _op_refusal(target, op, kernel_spec)
@@ -183,18 +183,40 @@ def plan_kernels(spec: ResolvedSpec) -> tuple[ResolvedKernels, tuple[Selection, 
                 ops[op] = getattr(provider, op)
                 won.setdefault(component.name, {}).setdefault(provider.describe(op), []).append(op)
                 break
-            against[f"not {component.name} for {op}: {reason}"] = None
+            against.setdefault(component.name, {}).setdefault(reason, []).append(op)
+    left = [op for op in OPS if op not in ops]
+    _check_reference(left, kernel_spec, _against_in_words(against, candidates, left))
     for component, target in candidates:
-        if all(getattr(target, op) is getattr(Kernels, op) for op in OPS):
+        if not any(_has_own(target, op) for op in OPS):
             component.build(kernel_spec)  # it has nothing to win, but what is wrong with it must be said
-    _check_reference([op for op in OPS if op not in ops], kernel_spec, list(against))
+        elif component.name not in providers and not component.automatic:
+            reasons = "; ".join(_against_in_words(against, candidates, OPS))
+            raise PluginError(f"no op can run on the kernels asked for: {reasons}. Set kernels.use to another one.")
     is_cpu = torch.device(spec.device).type == "cpu"
-    reference = [op for op in OPS if op not in ops and not (is_cpu and op in GPU_OPS)]
+    reference = [op for op in left if not (is_cpu and op in GPU_OPS)]
     selections = [Selection("kernels", name, _ops_in_words(ways)) for name, ways in won.items()]
     if reference:
-        why = "".join(f"; {reason}" for reason in against)
-        selections.append(Selection("kernels", "reference", ", ".join(reference) + why))
+        why = "; ".join([", ".join(reference), *_against_in_words(against, candidates, reference)])
+        selections.append(Selection("kernels", "reference", why))
     return ResolvedKernels(kernel_spec, ops), tuple(selections)
+
+
+def _has_own(target: Any, op: str) -> bool:
+    return getattr(target, op) is not getattr(Kernels, op)
+
+
+def _against_in_words(
+    against: dict[str, dict[str, list[str]]], candidates: list[tuple[Component, Any]], ops: Sequence[str]
+) -> list[str]:
+    """Why not which provider for `ops`; a reason against all that a provider has is told without their names."""
+    told = []
+    for component, target in candidates:
+        for reason, refused in against.get(component.name, {}).items():
+            if concerned := [op for op in refused if op in ops]:
+                is_all = len(refused) == sum(_has_own(target, op) for op in OPS)
+                what = "" if is_all else f" for {', '.join(concerned)}"
+                told.append(f"not {component.name}{what}: {reason}")
+    return told
 
 
 def _ops_in_words(ways: dict[str, list[str]]) -> str:

@@ -152,7 +152,7 @@ class Library:
         known = supported_isas()
         self.isa = known[0] if isa == AUTO else isa
         if self.isa not in known:
-            raise NativeUnavailableError(f"this CPU does not have '{isa}'; it has {', '.join(known)}")
+            raise NativeUnavailableError(f"isa = '{isa}' is not for this CPU, which has {', '.join(known)}")
         self.threads = threads
         self.handle = self._library.il_open(threads, self.isa.encode())
         weakref.finalize(self, self._library.il_close, self.handle)

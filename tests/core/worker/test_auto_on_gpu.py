@@ -47,7 +47,7 @@ def test_without_cuda_torch_is_left(tiny_spec, without_cuda):
     assert "not native: runs on the CPU, not on cuda" in attention.reason
     assert "not triton: torch sees no CUDA device here" in attention.reason
     assert "make_linear" in kernels["torch"]
-    assert "not triton for sample: torch sees no CUDA device here" in kernels["reference"]
+    assert "; not triton: torch sees no CUDA device here" in kernels["reference"]
 
 
 def test_without_triton_torch_is_left(tiny_spec, monkeypatch):
@@ -57,7 +57,7 @@ def test_without_triton_torch_is_left(tiny_spec, monkeypatch):
     )
     attention, kernels = plans(tiny_spec(graphs=False), device="cuda")
     assert attention.name == "torch" and "not triton: Triton is not installed (pip install" in attention.reason
-    assert "not triton for rms_norm: Triton is not installed" in kernels["reference"]
+    assert "; not triton: Triton is not installed" in kernels["reference"]
 
 
 def test_a_named_backend_that_cannot_run_is_an_error(tiny_spec, without_cuda):
