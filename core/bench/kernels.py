@@ -12,12 +12,14 @@ import torch
 
 from interlace.clock import Clock, MonotonicClock
 from interlace.interfaces.attention import AttentionBackend
+from interlace.interfaces.checkpoint import Checkpoint, Stored
 from interlace.interfaces.kernels import Kernels
+from interlace.interfaces.weights import BlockWeight
 from interlace.kv.specs import blocks_for
 from interlace.model_config import ModelConfig
 from interlace.spec import ResolvedSpec
 from interlace.worker.batch import ForwardBatch
-from interlace.worker.sizing import plan_attention, plan_kernels
+from interlace.worker.sizing import ResolvedKernels, plan_attention, plan_kernels
 from interlace.worker.threads import plan_threads
 
 ROWS = (1, 8, 64, 256)
@@ -26,7 +28,7 @@ _BEYOND_CACHES = 160 << 20
 
 
 class Peaks(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine reached just now, by torch's own means."""
+    """The most that this machine reached just now, by torch's own means."""
 
     read_gb_s: float
     gflop_s: float
@@ -79,7 +81,7 @@ def measure_kernels(
     for case in _cases(spec, ops):
         if ops and not case.op.startswith(tuple(ops)):
             continue
-        seconds = _seconds(case.runs, clock)
+        seconds = statistics.median(_samples(case.runs, clock))
         limit = max(case.bytes / (peaks.read_gb_s * 1e9), case.flops / (peaks.gflop_s * 1e9))
         yield OpResult(
             op=case.op,
@@ -92,8 +94,8 @@ def measure_kernels(
         )
 
 
-def _seconds(runs: Sequence[Callable[[], object]], clock: Clock) -> float:
-    """Median seconds of one call, over samples long enough to time."""
+def _samples(runs: Sequence[Callable[[], object]], clock: Clock) -> list[float]:
+    """Seconds of one call, in samples long enough to time."""
     for run in runs[:2]:
         run()
     began = clock.now()
@@ -107,15 +109,15 @@ def _seconds(runs: Sequence[Callable[[], object]], clock: Clock) -> float:
             runs[turn % len(runs)]()
             turn += 1
         samples.append((clock.now() - began) / rounds)
-    return statistics.median(samples)
+    return samples
 
 
 def _measure_peaks(dtype: torch.dtype, clock: Clock) -> Peaks:
     big = torch.ones(64 << 20, dtype=torch.float32)  # 256 MiB
-    left, right = torch.ones(1024, 1536, dtype=dtype), torch.ones(1536, 2048, dtype=dtype)
-    read = _seconds([lambda: big.sum()], clock)
-    product = _seconds([lambda: left @ right], clock)
-    return Peaks(read_gb_s=big.nbytes / read / 1e9, gflop_s=2 * 1024 * 1536 * 2048 / product / 1e9)
+    left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    read = min(_samples([lambda: big.sum()], clock))
+    product = min(_samples([lambda: left @ right], clock))
+    return Peaks(read_gb_s=big.nbytes / read / 1e9, gflop_s=2 * 1024**3 / product / 1e9)
 
 
 def _cases(spec: ResolvedSpec, ops: Sequence[str]) -> Iterator[_Case]:
@@ -126,14 +128,15 @@ def _cases(spec: ResolvedSpec, ops: Sequence[str]) -> Iterator[_Case]:
     kernels, _ = plan_kernels(spec)
     config, dtype = spec.model_config, getattr(torch, spec.dtype)
     if wanted("linear"):
-        yield from _linears(kernels, config, dtype)
+        yield from _linears(kernels, spec, dtype)
     yield from _small_ops(kernels, config, dtype)
     if wanted("attention"):
         for backend in plan_attention(spec, spec.architecture.load()).backends:
             yield from _attention(backend, dtype)
 
 
-def _linears(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> Iterator[_Case]:
+def _linears(kernels: ResolvedKernels, spec: ResolvedSpec, dtype: torch.dtype) -> Iterator[_Case]:
+    config = spec.model_config
     size, heads = config.hidden_size, config.num_heads * config.head_size
     shapes = {
         "qkv": (size, heads + 2 * config.num_kv_heads * config.head_size),
@@ -142,24 +145,50 @@ def _linears(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> Itera
         "down": (config.intermediate_size, size),
         "head": (size, config.vocab_size),
     }
-    kept = 1 if kernels.spec.weights == "int8" else getattr(torch, kernels.spec.weight_dtype).itemsize
+    blocks = _block_format(spec.open_checkpoint()) if kernels.keeps_blocks else None
     for name, (in_size, out_size) in shapes.items():
-        weight_bytes = in_size * out_size * kept
-        copies = max(1, min(40, _BEYOND_CACHES // weight_bytes))
-        weights = [torch.randn(out_size, in_size, dtype=dtype) * 0.02 for _ in range(copies)]
-        linears = [kernels.make_linear(weight) for weight in weights]
-        del weights
+        kept, weight_bytes, make = _linear_maker(kernels, blocks, in_size, out_size, dtype)
+        linears = [make() for _ in range(max(1, _BEYOND_CACHES // weight_bytes))]
         for rows in ROWS[:3] if name == "head" else ROWS:
             x = torch.randn(rows, in_size, dtype=dtype)
             moved = weight_bytes + rows * (in_size + out_size) * dtype.itemsize
             yield _Case(
                 f"linear {name}",
-                f"{in_size}x{out_size}",
+                f"{in_size}x{out_size} {kept}",
                 rows,
                 [lambda run=run, x=x: run(x) for run in linears],  # type: ignore[misc]
                 moved,
                 2 * rows * in_size * out_size,
             )
+
+
+def _block_format(checkpoint: Checkpoint) -> tuple[BlockWeight, Stored] | None:
+    """A weight in the block format that holds most of the checkpoint, and how much that is; None without blocks."""
+    stored = {name: held for name, held in (checkpoint.stored() or {}).items() if held.in_blocks}
+    if not stored:
+        return None
+    name = max(stored, key=lambda name: stored[name].values)
+    weights = (weight for _, weight in checkpoint.weights() if isinstance(weight, BlockWeight))
+    return next(weight for weight in weights if weight.format == name), stored[name]
+
+
+def _linear_maker(
+    kernels: Kernels, blocks: tuple[BlockWeight, Stored] | None, in_size: int, out_size: int, dtype: torch.dtype
+) -> tuple[str, int, Callable[[], Callable[[torch.Tensor], object]]]:
+    """How the weight is kept, its bytes, and what makes a linear of its own copy of it: in the checkpoint's blocks if
+    rows are made of whole ones, else as plain weights are kept."""
+    if blocks is not None and in_size % blocks[1].block_values == 0:
+        example, stored = blocks
+        row_bytes = in_size * stored.nbytes // stored.values
+        data = torch.randint(0, 60, (out_size, row_bytes), dtype=torch.uint8)  # no scale is infinite or not a number
+        part = msgspec.structs.replace(example, shape=(out_size, in_size), data=data)
+        return part.format, part.nbytes, lambda: kernels.make_block_linear([part])
+    weight = torch.randn(out_size, in_size, dtype=dtype) * 0.02
+    if kernels.spec.weights == "int8":
+        return "int8", in_size * out_size, lambda: kernels.make_linear(weight.clone())
+    kept = kernels.spec.weight_dtype
+    nbytes = in_size * out_size * int(getattr(torch, kept).itemsize)
+    return kept, nbytes, lambda: kernels.make_linear(weight.clone())
 
 
 def _small_ops(kernels: Kernels, config: ModelConfig, dtype: torch.dtype) -> Iterator[_Case]:

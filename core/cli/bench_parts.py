@@ -175,6 +175,11 @@ def _kernels(args: argparse.Namespace, loaded: LoadedSettings) -> int:
             )
         )
         return 0
+    print(f"{spec.dtype}, {torch.get_num_threads()} threads")
+    print(f"limits measured by torch just now: reads {peaks.read_gb_s:.1f} GB/s, products {peaks.gflop_s:.0f} GFLOP/s")
+    for made in chosen:
+        print(f"{made.kind} {made.name}: {made.reason}")
+    print()
     _print_ops(results)
     return 0
 

@@ -12,7 +12,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     if sys.stdout.isatty():
         _print_rich(columns, cells)
     else:
-        _print_plain([tuple(name.upper() for name in columns), *cells])
+        _print_plain([tuple(_heading(name) for name in columns), *cells])
+
+
+def _heading(name: str) -> str:
+    """In capitals, except units: µs is not MS."""
+    return " ".join(word.upper() if word.isascii() and word.islower() else word for word in name.split(" "))
 
 
 def _print_rich(columns: Sequence[str], rows: list[tuple[str, ...]]) -> None:

@@ -35,6 +35,25 @@ def test_kernels_gives_each_op_against_the_peaks_of_the_same_run(capsys):
         assert one["percent_of_limit"] == pytest.approx(100 * one["gb_s"] / report["peaks"]["read_gb_s"])
 
 
+def test_kernels_measures_linears_as_the_weights_are_kept(capsys):
+    """SmolLM2's file has most of its weights in Q4_1: blocks of 32 values in 20 bytes."""
+    for flags, kept, nbytes in (((), "Q4_1", 576 * 1536 * 20 // 32), (("--weights", "int8"), "int8", 576 * 1536)):
+        code, out, _ = run(capsys, "kernels", "linear down", "--json", "--dtype", "bfloat16", "--threads", "1", *flags)
+        results = json.loads(out)["results"]
+        assert code == 0 and {one["shape"] for one in results} == {f"1536x576 {kept}"}
+        for one in results:
+            moved = nbytes + one["rows"] * (1536 + 576) * 2
+            assert one["gb_s"] == pytest.approx(moved / one["microseconds"] / 1e3)
+
+
+def test_kernels_prints_limits_and_what_was_chosen_above_the_table(capsys):
+    code, out, _ = run(capsys, "kernels", "rms_norm", "--dtype", "bfloat16", "--threads", "1")
+    head, _, table = out.partition("\n\n")
+    assert code == 0 and head.startswith("bfloat16, 1 threads\nlimits measured by torch just now: reads ")
+    assert "attention native: " in head and "kernels native: rms_norm" in head
+    assert table.split("\n")[0].split() == ["OP", "SHAPE", "ROWS", "µs", "GB/s", "GFLOP/s", "%", "OF", "THE", "LIMIT"]
+
+
 def test_kernels_names_ops_when_none_matches(capsys):
     code, out, err = run(capsys, "kernels", "convolution", "--threads", "1")
     assert (code, out) == (2, "") and "no op's name starts with convolution" in err
