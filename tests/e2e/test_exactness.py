@@ -17,6 +17,7 @@ import pytest
 
 from interlace import LLM, SamplingParams
 from interlace.catalog import resolve_model
+from interlace.plugins.native.library import supported_isas
 from interlace.testing.parity import Agreement, Reference, agreement, load_transformers, transformers_greedy
 
 FOLDER = Path(__file__).with_name("references")
@@ -137,6 +138,17 @@ def test_alone_equals_live_transformers(live: list[Reference]) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_setting_equals_live_transformers(name: str, live: list[Reference]) -> None:
     compare("smollm2", name, live, FAST_TOKENS, max_ties=1)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in supported_isas() if isa != supported_isas()[0]])
+def test_every_instruction_set_equals_live_transformers(live: list[Reference], isa: str) -> None:
+    """The best one of this CPU is what all the other tests run on."""
+    forced = {"use": "native", "options": {"native": {"isa": isa}}}
+    with engine("smollm2", {"attention": forced, "kernels": forced}) as llm:
+        assert isa in dict(llm.front.report())["step"]
+        prompts = [reference.prompt_token_ids for reference in live]
+        outputs = llm.generate(prompts, params(FAST_TOKENS), progress=False)
+    check(isa, live, outputs, max_ties=0)
 
 
 def test_preemption_equals_live_transformers(live: list[Reference]) -> None:
