@@ -18,13 +18,17 @@ class ThreadPlan(msgspec.Struct, frozen=True):
 
     count: int
     reason: str
+    is_crowded: bool = False
+    """Whether they are more than can run at once: every step then waits for those that have no core."""
 
 
 def plan_threads(threads: int) -> ThreadPlan:
     """The `threads` setting, settled; 0 stands for one thread per core this process may use."""
-    if threads:
-        return ThreadPlan(threads, "threads")
-    return default_threads(_allowed(), cpu_quota())
+    fitting = default_threads(_allowed(), cpu_quota())
+    if not threads:
+        return fitting
+    too_many = f"; only {fitting.count} can run at once ({fitting.reason})" if threads > fitting.count else ""
+    return ThreadPlan(threads, f"threads{too_many}", bool(too_many))
 
 
 def bind(cores: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ from interlace.worker.sizing import (
 )
 from interlace.worker.streams import Stream
 from interlace.worker.threads import bind, plan_threads
+
+logger = logging.getLogger("interlace.worker")
 
 OnEvent = Callable[[ExecutorEvent], None]
 
@@ -93,6 +96,8 @@ class Worker:
         began = self._clock.now() if began is None else began
         bind(self.place.cores)
         threads = plan_threads(self.place.threads or spec.threads)
+        if threads.is_crowded:
+            logger.warning("%d %s: each step waits for those without a core", threads.count, threads.reason)
         torch.set_num_threads(threads.count)  # also what native kernels take
         model_class: type[Model] = spec.architecture.load()
         check_pipeline(spec, model_class, self._parallel)

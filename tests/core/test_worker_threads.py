@@ -77,11 +77,13 @@ def test_two_hardware_threads_are_one_core(tmp_path):
 
 
 def test_setting_and_affinity_are_respected():
-    assert plan_threads(3) == ThreadPlan(3, "threads")
+    assert plan_threads(1) == ThreadPlan(1, "threads")
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
         assert plan_threads(0).count == 1
+        reason = "threads; only 1 can run at once (one per core this process may use)"
+        assert plan_threads(3) == ThreadPlan(3, reason, is_crowded=True)
     finally:
         os.sched_setaffinity(0, allowed)
 
