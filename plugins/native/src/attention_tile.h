@@ -122,6 +122,16 @@ struct KeyTile {
 template <typename T, bool NARROW>
 constexpr int64_t WORD_BYTES = NARROW ? 4 / sizeof(T) : 4;
 
+// Unrolled, as every loop over the results of a kernel: GCC keeps an array in registers only if all its indices are
+// constants, and clears it in memory otherwise.
+template <int R, int C>
+inline __attribute__((always_inline)) void clear(vfloat (&sums)[R][C]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sums[r][c] = vfloat{};
+}
+
 // scores[row + r][column * LANES ..] = query · key, for R rows and C vectors of tokens.
 template <typename T, int R, int C, bool NARROW>
 void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) {
@@ -132,7 +142,8 @@ void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) 
     keys[c] = tile.keys[granule] + offset;
     ahead[c] = tile.ahead[granule] + offset;
   }
-  vfloat sums[R][C] = {};
+  vfloat sums[R][C];
+  clear(sums);
   for (int64_t word = 0; word < words; ++word) {
     vuint key[C];
 #pragma GCC unroll 8
@@ -147,7 +158,9 @@ void score_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t words) 
       for (int c = 0; c < C; ++c) sums[r][c] = dot<T>(sums[r][c], query, key[c]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) store(tile.scores[row + r] + (column + c) * LANES, sums[r][c]);
 }
 
@@ -158,7 +171,8 @@ inline vfloat joined(vfloat before, vfloat keep, vfloat own, vfloat take) { retu
 template <typename T, int R, int C, bool NARROW>
 void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granules, int64_t padded) {
   constexpr int64_t WORDS = GRANULE * sizeof(T) / 4, WORD = WORD_BYTES<T, NARROW>;
-  vfloat sums[R][C] = {};
+  vfloat sums[R][C];
+  clear(sums);
   for (int64_t granule = 0; granule < granules; ++granule) {
     const int64_t offset = column * LANES * WORD;
     const uint8_t *values = tile.values[granule] + offset, *ahead = tile.ahead[granules + granule] + offset;
@@ -179,7 +193,9 @@ void value_kernel(KeyTile<T> &tile, int64_t row, int64_t column, int64_t granule
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       float *to = tile.sums[row + r] + (column + c) * LANES;
       store(to, joined(load(to), broadcast(tile.keep[row + r]), sums[r][c], broadcast(tile.take[row + r])));
