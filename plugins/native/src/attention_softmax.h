@@ -28,37 +28,50 @@ float power_of(float x) {
 
 constexpr float LOWEST = -std::numeric_limits<float>::max();
 
-// Raw products of a row -> scores: scaled, capped, minus infinity outside of columns [first, last). Returns the largest.
-template <typename T>
-float finish_scores(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
-  float *scores = tile.scores[row];
-  const vfloat scale = broadcast(layer.scale * (layer.softcap > 0 ? 1.0f / layer.softcap : Power<T>::UNIT));
-  const vfloat cap = broadcast(layer.softcap * Power<T>::UNIT);
+// Minus infinity in lanes outside of columns [first, last); lane 0 is column `at`.
+inline vfloat hide_outside(vfloat score, int64_t at, int64_t first, int64_t last) {
+  vint column;
+  for (int lane = 0; lane < LANES; ++lane) column[lane] = static_cast<int32_t>(at) + lane;
   const vfloat hidden = broadcast(-std::numeric_limits<float>::infinity());
-  vint lane;
-  for (int at = 0; at < LANES; ++at) lane[at] = at;
+  return ((column >= static_cast<int32_t>(first)) & (column < static_cast<int32_t>(last))) ? score : hidden;
+}
+
+// What a raw product is worth in scores, where `find_largest` leaves it raw.
+template <typename T>
+float unit_of(const Layer &layer) {
+  return layer.softcap > 0 ? 1.0f : layer.scale * Power<T>::UNIT;
+}
+
+// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest product, or score.
+// Scales of 8-bit keys are multiplied in here, and scores are capped; the scale of all is left to `weigh`.
+template <typename T>
+float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
+  float *scores = tile.scores[row];
+  const vfloat scale = broadcast(layer.softcap > 0 ? layer.scale / layer.softcap : 1.0f);
+  const vfloat cap = broadcast(layer.softcap * Power<T>::UNIT);
+  const bool is_raw = !layer.is_int8 && !(layer.softcap > 0);
   vfloat largest = broadcast(LOWEST);
   for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat score = load(scores + at) * scale;
-    if (layer.is_int8) score *= load(tile.key_scales + at);
-    if (layer.softcap > 0) score = tanh(score) * cap;
-    if (at < first || at + LANES > last) {
-      const vint column = lane + static_cast<int32_t>(at);
-      score = ((column >= static_cast<int32_t>(first)) & (column < static_cast<int32_t>(last))) ? score : hidden;
+    vfloat score = load(scores + at);
+    const bool is_seen = at >= first && at + LANES <= last;
+    if (!is_raw || !is_seen) {
+      if (layer.is_int8) score *= load(tile.key_scales + at);
+      if (layer.softcap > 0) score = tanh(score * scale) * cap;
+      if (!is_seen) score = hide_outside(score, at, first, last);
+      store(scores + at, score);
     }
-    store(scores + at, score);
     largest = larger(score, largest);
   }
   return max_lane(largest);
 }
 
-// Scores of a row -> weights, relative to the largest of this tile. Returns their sum.
+// Scores of a row -> weights, relative to the largest score of this tile. Returns their sum.
 template <typename T>
 float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float largest) {
-  const vfloat limit = broadcast(largest);
+  const vfloat unit = broadcast(unit_of<T>(layer)), limit = broadcast(-largest);
   vfloat totals = {};
   for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat weight = Power<T>::of(load(tile.scores[row] + at) - limit);
+    vfloat weight = Power<T>::of(fma(load(tile.scores[row] + at), unit, limit));
     totals += weight;
     if (layer.is_int8) weight *= load(tile.value_scales + at);
     store(tile.weights[row] + at, weight);
