@@ -16,6 +16,12 @@ namespace IL_ISA {
 constexpr int64_t GRANULE = 16;
 constexpr int64_t MAX_HEAD_SIZE = 256;
 
+inline vuint load_words(const void *from) {
+  vuint words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+
 // Facts of one attention op; see `attention` for the fields of the op.
 struct Layer {
   int64_t query_stride, key_stride, value_stride, out_stride;
@@ -99,6 +105,67 @@ void write_plain(const Layer &layer, const Granule &granule, int64_t token, cons
   write_values(value, reinterpret_cast<T *>(granule.values), token, layer);
 }
 
+// Rows and columns of LANES x LANES words change places: blocks of 1, 2, 4, … words beside the diagonal, one size after the
+// other.
+inline __attribute__((always_inline)) void transpose(vuint (&rows)[LANES]) {
+#pragma GCC unroll 4
+  for (int size = 1; size < LANES; size *= 2) {
+    vint upper, lower;  // lane l of two rows, one after the other: l of the first, LANES + l of the second
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; ++lane) {
+      upper[lane] = lane & size ? LANES + lane - size : lane;
+      lower[lane] = lane & size ? LANES + lane : lane + size;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row) {
+      if (row & size) continue;
+      const vuint first = rows[row], second = rows[row + size];
+      rows[row] = __builtin_shuffle(first, second, upper);
+      rows[row + size] = __builtin_shuffle(first, second, lower);
+    }
+  }
+}
+
+// Keys of a granule's 16 tokens, `stride` values apart.
+template <typename T>
+void write_keys(const T *keys, int64_t stride, int64_t words, uint8_t *granule) {
+  constexpr int64_t PER_WORD = 4 / sizeof(T);
+  uint32_t *to = reinterpret_cast<uint32_t *>(granule);
+  for (int64_t token = 0; token < GRANULE; token += LANES) {
+    int64_t word = 0;
+    for (; word + LANES <= words; word += LANES) {
+      vuint rows[LANES];
+#pragma GCC unroll 16
+      for (int row = 0; row < LANES; ++row) rows[row] = load_words(keys + (token + row) * stride + word * PER_WORD);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int row = 0; row < LANES; ++row) std::memcpy(to + (word + row) * GRANULE + token, &rows[row], sizeof rows[row]);
+    }
+    for (; word < words; ++word)
+      for (int row = 0; row < LANES; ++row)
+        std::memcpy(to + word * GRANULE + token + row, keys + (token + row) * stride + word * PER_WORD, 4);
+  }
+}
+
+// Values of a granule's 16 tokens, `stride` values apart.
+inline void write_all_values(const bf16 *values, int64_t stride, uint8_t *granule, const Layer &layer) {
+  for (int64_t token = 0; token < GRANULE; token += 2) {
+    const bf16 *even = values + token * stride, *odd = even + stride;
+    bf16 *words = reinterpret_cast<bf16 *>(granule) + token * layer.padded;
+    int64_t at = 0;
+    for (; at + LANES <= layer.head_size; at += LANES) {
+      const vuint low = __builtin_convertvector(*reinterpret_cast<const vhalf *>(even + at), vuint);
+      const vuint both = low | __builtin_convertvector(*reinterpret_cast<const vhalf *>(odd + at), vuint) << 16;
+      std::memcpy(words + 2 * at, &both, sizeof both);
+    }
+    for (; at < layer.head_size; ++at) words[2 * at] = even[at], words[2 * at + 1] = odd[at];
+  }
+}
+inline void write_all_values(const float *values, int64_t stride, uint8_t *granule, const Layer &layer) {
+  for (int64_t token = 0; token < GRANULE; ++token)
+    std::memcpy(granule + token * layer.granule_bytes / GRANULE, values + token * stride, layer.head_size * sizeof(float));
+}
+
 // A row of values in 8 bits, symmetric: its largest becomes 127. Returns the scale, which is NaN if a value is not finite.
 template <typename T>
 float to_int8(const T *from, int64_t size, int8_t *narrow) {
@@ -151,10 +218,15 @@ template <typename T>
 void write_tokens(const Layer &layer, int64_t first, int64_t last, int64_t kv_head, bool ends) {
   const int64_t slot = layer.group->slots[first], offset = slot % layer.block_size;
   const Granule granule(layer, slot / layer.block_size, offset / GRANULE, kv_head);
+  const T *keys = static_cast<const T *>(layer.key) + first * layer.key_stride + kv_head * layer.head_size;
+  const T *values = static_cast<const T *>(layer.value) + first * layer.value_stride + kv_head * layer.head_size;
+  if (last - first == GRANULE && !layer.is_int8) {
+    write_keys(keys, layer.key_stride, layer.head_size * int64_t{sizeof(T)} / 4, granule.keys);
+    return write_all_values(values, layer.value_stride, granule.values, layer);
+  }
   for (int64_t at = first; at < last; ++at) {
     const int64_t token = offset % GRANULE + at - first;
-    const T *key = static_cast<const T *>(layer.key) + at * layer.key_stride + kv_head * layer.head_size;
-    const T *value = static_cast<const T *>(layer.value) + at * layer.value_stride + kv_head * layer.head_size;
+    const T *key = keys + (at - first) * layer.key_stride, *value = values + (at - first) * layer.value_stride;
     layer.is_int8 ? write_int8(layer, granule, token, key, value) : write_plain(layer, granule, token, key, value);
   }
   const int64_t newest = offset % GRANULE + last - 1 - first;

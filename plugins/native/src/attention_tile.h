@@ -22,12 +22,6 @@ constexpr int KERNEL_ROWS = 4, KERNEL_COLUMNS = 2;  // 8 of 16: products of bflo
 constexpr int KERNEL_ROWS = 3, KERNEL_COLUMNS = 2;
 #endif
 
-inline vuint load_words(const void *from) {
-  vuint words;
-  std::memcpy(&words, from, sizeof words);
-  return words;
-}
-
 inline vfloat as_float(vuint bits) {
   vfloat value;
   std::memcpy(&value, &bits, sizeof value);
