@@ -10,7 +10,7 @@ namespace IL_ISA {
 
 constexpr int64_t TILE = 256;                      // tokens, aligned to positions
 constexpr int64_t TILE_GRANULES = TILE / GRANULE;
-constexpr int64_t MAX_ROWS = 24;                   // query rows of a piece of work
+constexpr int64_t MAX_ROWS = 48;                   // query rows of a piece of work
 constexpr int64_t PADDED_ROWS = (MAX_ROWS + LANES - 1) / LANES * LANES;
 constexpr int VECTORS = GRANULE / LANES;           // of the words of a granule's 16 tokens
 
