@@ -28,12 +28,29 @@ float power_of(float x) {
 
 constexpr float LOWEST = -std::numeric_limits<float>::max();
 
-// Minus infinity in lanes outside of columns [first, last); lane 0 is column `at`.
-inline vfloat hide_outside(vfloat score, int64_t at, int64_t first, int64_t last) {
-  vint column;
-  for (int lane = 0; lane < LANES; ++lane) column[lane] = static_cast<int32_t>(at) + lane;
+// Minus infinity in columns [begin, end), which are whole vectors, but for those in [first, last).
+inline void hide(float *scores, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  static constexpr int32_t LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vfloat hidden = broadcast(-std::numeric_limits<float>::infinity());
-  return ((column >= static_cast<int32_t>(first)) & (column < static_cast<int32_t>(last))) ? score : hidden;
+  for (int64_t at = begin; at < end; at += LANES) {
+    vint column;
+    std::memcpy(&column, LANE, sizeof column);
+    column += static_cast<int32_t>(at);
+    const auto is_seen = (column >= static_cast<int32_t>(first)) & (column < static_cast<int32_t>(last));
+    store(scores + at, is_seen ? load(scores + at) : hidden);
+  }
+}
+
+// Raw products of a row -> scores, but for the scale of all, where they are not products of plain values.
+template <typename T>
+void finish_products(const Layer &layer, const KeyTile<T> &tile, float *scores, int64_t columns) {
+  const vfloat scale = broadcast(layer.scale / layer.softcap), cap = broadcast(layer.softcap * Power<T>::UNIT);
+  for (int64_t at = 0; at < columns; at += LANES) {
+    vfloat score = load(scores + at);
+    if (layer.is_int8) score *= load(tile.key_scales + at);
+    if (layer.softcap > 0) score = tanh(score * scale) * cap;
+    store(scores + at, score);
+  }
 }
 
 // What a raw product is worth in scores, where `find_largest` leaves it raw.
@@ -42,26 +59,16 @@ float unit_of(const Layer &layer) {
   return layer.softcap > 0 ? 1.0f : layer.scale * Power<T>::UNIT;
 }
 
-// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest product, or score.
-// Scales of 8-bit keys are multiplied in here, and scores are capped; the scale of all is left to `weigh`.
+// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest of what is seen,
+// without the unit, which is left to `weigh`.
 template <typename T>
 float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
   float *scores = tile.scores[row];
-  const vfloat scale = broadcast(layer.softcap > 0 ? layer.scale / layer.softcap : 1.0f);
-  const vfloat cap = broadcast(layer.softcap * Power<T>::UNIT);
-  const bool is_raw = !layer.is_int8 && !(layer.softcap > 0);
+  if (layer.is_int8 || layer.softcap > 0) finish_products(layer, tile, scores, columns);
+  if (first > 0) hide(scores, 0, std::min(columns, (first + LANES - 1) / LANES * LANES), first, last);
+  if (last < columns) hide(scores, std::max<int64_t>(0, last / LANES * LANES), columns, first, last);
   vfloat largest = broadcast(LOWEST);
-  for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat score = load(scores + at);
-    const bool is_seen = at >= first && at + LANES <= last;
-    if (!is_raw || !is_seen) {
-      if (layer.is_int8) score *= load(tile.key_scales + at);
-      if (layer.softcap > 0) score = tanh(score * scale) * cap;
-      if (!is_seen) score = hide_outside(score, at, first, last);
-      store(scores + at, score);
-    }
-    largest = larger(score, largest);
-  }
+  for (int64_t at = 0; at < columns; at += LANES) largest = larger(load(scores + at), largest);
   return max_lane(largest);
 }
 
