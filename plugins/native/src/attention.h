@@ -32,31 +32,36 @@ inline void find_granules(const Layer &layer, const Task &task, Span *span) {
   }
 }
 
-// Where query row `at` of a KV head lies; of one token, the rows lie next to each other.
-inline int64_t query_place(const Layer &layer, const Sequence &sequence, int64_t kv_head, int64_t at) {
+// Where query row `at` of a KV head lies, in values, if tokens are `stride` apart; also its result.
+inline int64_t place_of(const Layer &layer, const Sequence &sequence, int64_t kv_head, int64_t at, int64_t stride) {
   const int64_t token = sequence.start + at / layer.ratio, head = kv_head * layer.ratio + at % layer.ratio;
-  return token * layer.query_stride + head * layer.head_size;
+  return token * stride + head * layer.head_size;
 }
 
 // Query rows of a piece, next to each other; and nothing summed up yet.
 template <typename T>
 void begin_piece(const Layer &layer, const Sequence &sequence, const Piece &piece, KeyTile<T> &tile) {
   for (int64_t row = 0; row < piece.last - piece.first; ++row) {
-    const T *from = static_cast<const T *>(layer.query) + query_place(layer, sequence, piece.kv_head, piece.first + row);
-    std::memcpy(tile.query[row], from, layer.head_size * sizeof(T));
+    const int64_t from = place_of(layer, sequence, piece.kv_head, piece.first + row, layer.query_stride);
+    std::memcpy(tile.query[row], static_cast<const T *>(layer.query) + from, layer.head_size * sizeof(T));
     std::memset(tile.sums[row], 0, layer.padded * sizeof(float));
     tile.largest[row] = LOWEST;
     tile.total[row] = 0.0f;
   }
 }
 
-// Queries of the next piece: a short run of each token's, which no processor sees coming. Always inlined: see `fetch`.
+// Query rows of the next piece, and where its results go: short runs, which no processor sees coming. Always inlined: see
+// `fetch`.
 template <typename T>
-inline __attribute__((always_inline)) void fetch_queries(const Layer &layer, const Piece &piece) {
+inline __attribute__((always_inline)) void fetch_rows(const Layer &layer, const Piece &piece) {
   const Sequence sequence(*layer.step, piece.row);
   for (int64_t at = piece.first; at < piece.last; ++at) {
-    const T *from = static_cast<const T *>(layer.query) + query_place(layer, sequence, piece.kv_head, at);
-    for (int64_t value = 0; value < layer.head_size; value += 64 / sizeof(T)) __builtin_prefetch(from + value);
+    const T *query = static_cast<const T *>(layer.query) + place_of(layer, sequence, piece.kv_head, at, layer.query_stride);
+    const T *out = static_cast<const T *>(layer.out) + place_of(layer, sequence, piece.kv_head, at, layer.out_stride);
+    for (int64_t value = 0; value < layer.head_size; value += 64 / sizeof(T)) {
+      __builtin_prefetch(query + value);
+      __builtin_prefetch(out + value, 1);
+    }
   }
 }
 
@@ -176,7 +181,7 @@ void do_tasks(const Layer &layer, const Partials &partials, Thread &thread) {
     next.count = 0;
     if (is_there) find_granules(layer, following, &next);
     fetch_scales(layer, next);
-    if (is_there && following.is_first) fetch_queries<T>(layer, following.piece);
+    if (is_there && following.is_first) fetch_rows<T>(layer, following.piece);
     const Sequence sequence(*layer.step, task.piece.row);
     if (task.is_first) begin_piece(layer, sequence, task.piece, tile);
     if (!sequence.is_shared(layer) && task.tile == sequence.last_tile())
