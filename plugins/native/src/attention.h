@@ -118,15 +118,10 @@ void do_tile(const Layer &layer, const Sequence &sequence, const Piece &piece, c
   const bool narrow = is_narrow(layer, piece);
   narrow ? cover<Scores<true>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, words)
          : cover<Scores<false>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, columns / LANES, words);
-  RowSums own;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t position = sequence.context + (piece.first + row) / layer.ratio;
-    const int64_t from = layer.first_seen(position) - origin, to = position + 1 - origin;
-    const float largest = find_largest(layer, tile, row, columns, from, to);
-    own.largest[row] = std::max(largest * unit_of<T>(layer), LOWEST);
-  }
-  for (int64_t row = 0; row < rows; ++row) own.total[row] = weigh(layer, tile, row, columns, own.largest[row]);
-  prepare_join(own, rows, tile);
+  float largest[PADDED_ROWS] = {}, total[PADDED_ROWS] = {};
+  const int64_t position = sequence.context + piece.first / layer.ratio;
+  weigh_rows(layer, tile, rows, columns, position, piece.first % layer.ratio, origin, largest, total);
+  prepare_join(largest, total, rows, tile);
   narrow ? cover<Values<true>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded)
          : cover<Values<false>::Kernel, T, KERNEL_COLUMNS>(tile, rows, 0, layer.padded / LANES, span.count, layer.padded);
 }

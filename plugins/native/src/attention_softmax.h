@@ -59,8 +59,8 @@ float unit_of(const Layer &layer) {
   return layer.softcap > 0 ? 1.0f : layer.scale * Power<T>::UNIT;
 }
 
-// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest of what is seen,
-// without the unit, which is left to `weigh`.
+// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest of what is seen, in
+// scores; but the row itself stays without their unit, which is left to `weigh`.
 template <typename T>
 float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
   float *scores = tile.scores[row];
@@ -69,36 +69,45 @@ float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t co
   if (last < columns) hide(scores, std::max<int64_t>(0, last / LANES * LANES), columns, first, last);
   vfloat largest = broadcast(LOWEST);
   for (int64_t at = 0; at < columns; at += LANES) largest = larger(load(scores + at), largest);
-  return max_lane(largest);
+  return std::max(max_lane(largest) * unit_of<T>(layer), LOWEST);
 }
 
 // Scores of a row -> weights, relative to the largest score of this tile. Returns their sum.
 template <typename T>
 float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float largest) {
   const vfloat unit = broadcast(unit_of<T>(layer)), limit = broadcast(-largest);
-  vfloat totals = {};
+  const float *scores = tile.scores[row], *value_scales = layer.is_int8 ? tile.value_scales : nullptr;
+  T *weights = tile.weights[row];
+  vfloat total = {};
   for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat weight = Power<T>::of(fma(load(tile.scores[row] + at), unit, limit));
-    totals += weight;
-    if (layer.is_int8) weight *= load(tile.value_scales + at);
-    store(tile.weights[row] + at, weight);
+    vfloat weight = Power<T>::of(fma(load(scores + at), unit, limit));
+    total += weight;
+    if (value_scales != nullptr) weight *= load(value_scales + at);
+    store(weights + at, weight);
   }
-  return sum_lanes(totals);
+  return sum_lanes(total);
 }
 
-// Largest score and sum of the weights of each row in a tile.
-struct RowSums {
-  alignas(64) float largest[PADDED_ROWS] = {}, total[PADDED_ROWS] = {};
-};
+// Weights of the rows of a piece, whose first one is row `head` of those of the token at `position`, from their products with
+// the tile that starts at `origin`. `largest` and `total` are of each row in this tile.
+template <typename T>
+void weigh_rows(const Layer &layer, KeyTile<T> &tile, int64_t rows, int64_t columns, int64_t position, int64_t head,
+                int64_t origin, float *largest, float *total) {
+  for (int64_t row = 0; row < rows; ++row) {
+    largest[row] = find_largest(layer, tile, row, columns, layer.first_seen(position) - origin, position + 1 - origin);
+    if (++head == layer.ratio) ++position, head = 0;
+  }
+  for (int64_t row = 0; row < rows; ++row) total[row] = weigh(layer, tile, row, columns, largest[row]);
+}
 
 // How a tile joins those before it.
 template <typename T>
-void prepare_join(const RowSums &own, int64_t rows, KeyTile<T> &tile) {
+void prepare_join(const float *own_largest, const float *own_total, int64_t rows, KeyTile<T> &tile) {
   for (int64_t row = 0; row < rows; row += LANES) {
-    const vfloat before = load(tile.largest + row), largest = larger(before, load(own.largest + row));
-    const vfloat keep = Power<T>::of(before - largest), take = Power<T>::of(load(own.largest + row) - largest);
+    const vfloat before = load(tile.largest + row), largest = larger(before, load(own_largest + row));
+    const vfloat keep = Power<T>::of(before - largest), take = Power<T>::of(load(own_largest + row) - largest);
     store(tile.largest + row, largest);
-    store(tile.total + row, fma(load(tile.total + row), keep, load(own.total + row) * take));
+    store(tile.total + row, fma(load(tile.total + row), keep, load(own_total + row) * take));
     store(tile.keep + row, keep);
     store(tile.take + row, take);
   }
