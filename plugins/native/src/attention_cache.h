@@ -166,6 +166,8 @@ inline void write_all_values(const float *values, int64_t stride, uint8_t *granu
     std::memcpy(granule + token * layer.granule_bytes / GRANULE, values + token * stride, layer.head_size * sizeof(float));
 }
 
+typedef int8_t vbyte __attribute__((vector_size(LANES)));
+
 // A row of values in 8 bits, symmetric: its largest becomes 127. Returns the scale, which is NaN if a value is not finite.
 template <typename T>
 float to_int8(const T *from, int64_t size, int8_t *narrow) {
@@ -182,7 +184,8 @@ float to_int8(const T *from, int64_t size, int8_t *narrow) {
     value = value > limit ? limit : value;  // the smallest scales have no finite inverse
     value = round_to_whole(value < -limit ? -limit : value);
     value = value == value ? value : vfloat{};
-    for (int64_t lane = 0; lane < count; ++lane) narrow[at + lane] = static_cast<int8_t>(value[lane]);
+    const vbyte bytes = __builtin_convertvector(__builtin_convertvector(value, vint), vbyte);
+    std::memcpy(narrow + at, &bytes, count);
   });
   return scale;
 }
