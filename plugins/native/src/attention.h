@@ -247,7 +247,7 @@ void attend(const Layer &layer, Thread &thread) {
 }
 
 // i: 0 to 3 row strides of query, key, value and out (their heads are dense), 4 heads, 5 KV heads, 6 head size, 7 block
-// size, 8 group, 9 window or 0, 10 whether the cache is 8-bit. f: 0 scale, 1 soft cap or 0. p: 0 query [tokens, heads, head
+// size, 8 group, 9 window or 0, 10 whether the cache is 8-bit. f: 0 scale, above 0, 1 soft cap or 0. p: 0 query [tokens, heads, head
 // size], 1 key and 2 value [tokens, KV heads, head size], 3 cache, 4 out like query. Rows are those of the step.
 inline void attention(const il_op &op, const il_step &step, Thread &thread) {
   const Layer layer(op, step);

@@ -59,8 +59,8 @@ float unit_of(const Layer &layer) {
   return layer.softcap > 0 ? 1.0f : layer.scale * Power<T>::UNIT;
 }
 
-// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest of what is seen, in
-// scores; but the row itself stays without their unit, which is left to `weigh`.
+// Columns [first, last) of a row in a tile are seen; the others get minus infinity. Returns the largest of what is seen,
+// without the unit, which is left to `weigh`.
 template <typename T>
 float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, int64_t first, int64_t last) {
   float *scores = tile.scores[row];
@@ -69,18 +69,19 @@ float find_largest(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t co
   if (last < columns) hide(scores, std::max<int64_t>(0, last / LANES * LANES), columns, first, last);
   vfloat largest = broadcast(LOWEST);
   for (int64_t at = 0; at < columns; at += LANES) largest = larger(load(scores + at), largest);
-  return std::max(max_lane(largest) * unit_of<T>(layer), LOWEST);
+  return max_lane(largest);
 }
 
-// Scores of a row -> weights, relative to the largest score of this tile. Returns their sum.
+// Scores of a row, without their unit -> weights, relative to the largest of this tile. Returns their sum. The
+// difference is taken before the unit: so it is exactly zero for the largest, however large that is.
 template <typename T>
 float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, float largest) {
-  const vfloat unit = broadcast(unit_of<T>(layer)), limit = broadcast(-largest);
+  const vfloat unit = broadcast(unit_of<T>(layer)), limit = broadcast(largest);
   const float *scores = tile.scores[row], *value_scales = layer.is_int8 ? tile.value_scales : nullptr;
   T *weights = tile.weights[row];
   vfloat total = {};
   for (int64_t at = 0; at < columns; at += LANES) {
-    vfloat weight = Power<T>::of(fma(load(scores + at), unit, limit));
+    vfloat weight = Power<T>::of((load(scores + at) - limit) * unit);
     total += weight;
     if (value_scales != nullptr) weight *= load(value_scales + at);
     store(weights + at, weight);
@@ -88,8 +89,8 @@ float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, 
   return sum_lanes(total);
 }
 
-// Weights of the rows of a piece, whose first one is row `head` of those of the token at `position`, from their products with
-// the tile that starts at `origin`. `largest` and `total` are of each row in this tile.
+// Products of the rows of a piece with the tile that starts at `origin` -> weights; and the largest score and the sum of the
+// weights of each row in this tile. The piece begins with row `head` of those of the token at `position`.
 template <typename T>
 void weigh_rows(const Layer &layer, KeyTile<T> &tile, int64_t rows, int64_t columns, int64_t position, int64_t head,
                 int64_t origin, float *largest, float *total) {
@@ -97,7 +98,10 @@ void weigh_rows(const Layer &layer, KeyTile<T> &tile, int64_t rows, int64_t colu
     largest[row] = find_largest(layer, tile, row, columns, layer.first_seen(position) - origin, position + 1 - origin);
     if (++head == layer.ratio) ++position, head = 0;
   }
-  for (int64_t row = 0; row < rows; ++row) total[row] = weigh(layer, tile, row, columns, largest[row]);
+  for (int64_t row = 0; row < rows; ++row) {
+    total[row] = weigh(layer, tile, row, columns, largest[row]);
+    largest[row] = std::max(largest[row] * unit_of<T>(layer), LOWEST);
+  }
 }
 
 // How a tile joins those before it.
