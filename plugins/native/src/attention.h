@@ -50,17 +50,17 @@ void begin_piece(const Layer &layer, const Sequence &sequence, const Piece &piec
   }
 }
 
-// Query rows of the next piece, and where its results go: short runs, which no processor sees coming. Always inlined: see
-// `fetch`.
+// Query rows of the next piece, and where its results go: short runs, which no processor sees coming. Always inlined:
+// see `fetch`.
 template <typename T>
 inline __attribute__((always_inline)) void fetch_rows(const Layer &layer, const Piece &piece) {
   const Sequence sequence(*layer.step, piece.row);
   for (int64_t at = piece.first; at < piece.last; ++at) {
-    const T *query = static_cast<const T *>(layer.query) + place_of(layer, sequence, piece.kv_head, at, layer.query_stride);
-    const T *out = static_cast<const T *>(layer.out) + place_of(layer, sequence, piece.kv_head, at, layer.out_stride);
+    const int64_t from = place_of(layer, sequence, piece.kv_head, at, layer.query_stride);
+    const int64_t to = place_of(layer, sequence, piece.kv_head, at, layer.out_stride);
     for (int64_t value = 0; value < layer.head_size; value += 64 / sizeof(T)) {
-      __builtin_prefetch(query + value);
-      __builtin_prefetch(out + value, 1);
+      __builtin_prefetch(static_cast<const T *>(layer.query) + from + value);
+      __builtin_prefetch(static_cast<const T *>(layer.out) + to + value, 1);
     }
   }
 }
@@ -247,8 +247,8 @@ void attend(const Layer &layer, Thread &thread) {
 }
 
 // i: 0 to 3 row strides of query, key, value and out (their heads are dense), 4 heads, 5 KV heads, 6 head size, 7 block
-// size, 8 group, 9 window or 0, 10 whether the cache is 8-bit. f: 0 scale, above 0, 1 soft cap or 0. p: 0 query [tokens, heads, head
-// size], 1 key and 2 value [tokens, KV heads, head size], 3 cache, 4 out like query. Rows are those of the step.
+// size, 8 group, 9 window or 0, 10 whether the cache is 8-bit. f: 0 scale, above 0; 1 soft cap or 0. p: 0 query [tokens,
+// heads, head size], 1 key and 2 value [tokens, KV heads, head size], 3 cache, 4 out like query. Rows are those of the step.
 inline void attention(const il_op &op, const il_step &step, Thread &thread) {
   const Layer layer(op, step);
   op.dtype == IL_BF16 ? attend<bf16>(layer, thread) : attend<float>(layer, thread);

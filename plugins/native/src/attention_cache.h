@@ -105,8 +105,8 @@ void write_plain(const Layer &layer, const Granule &granule, int64_t token, cons
   write_values(value, reinterpret_cast<T *>(granule.values), token, layer);
 }
 
-// Rows and columns of LANES x LANES words change places: blocks of 1, 2, 4, … words beside the diagonal, one size after the
-// other.
+// Rows and columns of LANES x LANES words change places: blocks of 1, 2, 4, … words beside the diagonal, one size after
+// the other.
 inline __attribute__((always_inline)) void transpose(vuint (&rows)[LANES]) {
 #pragma GCC unroll 4
   for (int size = 1; size < LANES; size *= 2) {
@@ -139,7 +139,8 @@ void write_keys(const T *keys, int64_t stride, int64_t words, uint8_t *granule) 
       for (int row = 0; row < LANES; ++row) rows[row] = load_words(keys + (token + row) * stride + word * PER_WORD);
       transpose(rows);
 #pragma GCC unroll 16
-      for (int row = 0; row < LANES; ++row) std::memcpy(to + (word + row) * GRANULE + token, &rows[row], sizeof rows[row]);
+      for (int row = 0; row < LANES; ++row)
+        std::memcpy(to + (word + row) * GRANULE + token, &rows[row], sizeof rows[row]);
     }
     for (; word < words; ++word)
       for (int row = 0; row < LANES; ++row)
@@ -162,8 +163,9 @@ inline void write_all_values(const bf16 *values, int64_t stride, uint8_t *granul
   }
 }
 inline void write_all_values(const float *values, int64_t stride, uint8_t *granule, const Layer &layer) {
+  float *words = reinterpret_cast<float *>(granule);
   for (int64_t token = 0; token < GRANULE; ++token)
-    std::memcpy(granule + token * layer.granule_bytes / GRANULE, values + token * stride, layer.head_size * sizeof(float));
+    std::memcpy(words + token * layer.padded, values + token * stride, layer.head_size * sizeof(float));
 }
 
 typedef int8_t vbyte __attribute__((vector_size(LANES)));

@@ -89,8 +89,8 @@ float weigh(const Layer &layer, KeyTile<T> &tile, int64_t row, int64_t columns, 
   return sum_lanes(total);
 }
 
-// Products of the rows of a piece with the tile that starts at `origin` -> weights; and the largest score and the sum of the
-// weights of each row in this tile. The piece begins with row `head` of those of the token at `position`.
+// Products of the rows of a piece with the tile that starts at `origin` -> weights; and the largest score and the sum of
+// the weights of each row in this tile. The piece begins with row `head` of those of the token at `position`.
 template <typename T>
 void weigh_rows(const Layer &layer, KeyTile<T> &tile, int64_t rows, int64_t columns, int64_t position, int64_t head,
                 int64_t origin, float *largest, float *total) {
