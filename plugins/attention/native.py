@@ -68,6 +68,8 @@ class NativeAttention(AttentionBackend):
             return f"a window of {spec.window} tokens is empty"
         if spec.head_size % 8 or not 8 <= spec.head_size <= _MAX_HEAD_SIZE:
             return f"head sizes are multiples of 8 up to {_MAX_HEAD_SIZE}, not {spec.head_size}"
+        if not spec.softmax_scale > 0:
+            return f"scales scores by a number above 0, not by {spec.softmax_scale}"
         if block_size % _GRANULE or block_size < _GRANULE:
             return f"block sizes are multiples of {_GRANULE}, not {block_size}"
         try:
