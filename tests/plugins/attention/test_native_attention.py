@@ -164,7 +164,7 @@ def test_refusals_say_why():
     assert "not in float16" in (NativeAttention.supports(full, 32, "float16", "cpu") or "")
     assert "not on cuda" in (NativeAttention.supports(full, 32, "float32", "cuda") or "")
     assert "above 0, not by -0.5" in (
-        NativeAttention.supports(AttentionSpec(4, 2, 64, softmax_scale=-0.5), 32, "float32", "cpu") or ""
+        NativeAttention.supports(AttentionSpec(4, 2, 64, scale=-0.5), 32, "float32", "cpu") or ""
     )
     assert "not 320" in (NativeAttention.supports(AttentionSpec(4, 2, 320), 32, "float32", "cpu") or "")
 
