@@ -20,6 +20,7 @@ using interlace::Thread;
 constexpr int64_t CACHED_BYTES = 384 << 10;  // of activations, next to a panel, in the second-level cache
 constexpr int64_t AHEAD_BYTES = 4 << 10;    // how far before its use a weight is fetched
 constexpr int64_t ALONE_BYTES = 4 << 10;    // of activations that each thread converts for itself: cheaper than to meet
+constexpr int64_t FEW_ROWS = 64;             // up to here, reading the weights is a good part of the work
 constexpr int64_t HALVES_AT = 64 << 10;     // in a thread's scratch: the results of two panels, before they are joined
 constexpr int64_t HALF_BYTES = 1 << 20;
 
@@ -160,7 +161,7 @@ struct PanelWork {
         tile.depth = (call.linear->in + BLOCK - 1) / BLOCK;
         tile.x = all.quants + row * all.quants_stride;
         tile.x_stride = all.quants_stride;
-        plan_ahead(tile, next, panel.strips * block_bytes(panel.format), at, tiles);
+        plan_ahead(tile, next, block_bytes(panel.format), at, tiles);
         block_kernel(panel.format, count)(tile);
       }
       row += count;
@@ -201,6 +202,24 @@ void join_halves(int64_t gate, const Target &from, int64_t apart, const Target &
   }
 }
 
+// Pieces that a thread takes: `run` neighbours at once. Claiming is a locked instruction, which waits for all weights that
+// are on their way; with few rows a panel takes half a microsecond, and a claim for each would cost a quarter of the memory's
+// speed. Even shares lose nothing to claims one by one: whatever holds a thread up holds up the team at the op's end.
+struct PieceQueue {
+  Thread &thread;
+  int64_t run;
+  int64_t piece = 0, left = 0;
+
+  PieceQueue(Thread &thread, int64_t rows, int64_t pieces)
+      : thread(thread), run(rows <= FEW_ROWS ? (pieces + thread.count() - 1) / thread.count() : 1) {}
+
+  int64_t take() {
+    if (left == 0) piece = thread.claim() * run, left = run;
+    --left;
+    return piece++;
+  }
+};
+
 // `prepared`: row of x that is the first prepared one.
 inline void multiply(const LinearCall &call, const Activations &all, int64_t prepared, int64_t rows, Thread &thread) {
   const il_linear &linear = *call.linear;
@@ -210,9 +229,10 @@ inline void multiply(const LinearCall &call, const Activations &all, int64_t pre
   const int64_t chunk = std::clamp<int64_t>(whole_tiles(CACHED_BYTES / (linear.in * 2)), TILES_ROWS, 4096);
   const int64_t pieces = (rows + chunk - 1) / chunk * panels;
   const PanelWork work{call, all};
-  int64_t piece = thread.claim();
+  PieceQueue queue(thread, rows, pieces);
+  int64_t piece = queue.take();
   while (piece < pieces) {
-    const int64_t next = thread.claim();
+    const int64_t next = queue.take();
     const int64_t first = piece / panels * chunk, count = std::min(chunk, rows - first);
     const Panel &panel = linear.panels[piece % panels], *following = next < pieces ? &linear.panels[next % panels] : nullptr;
     const Target out{call.out + (prepared + first) * call.out_stride + panel.first * call.element(), call.out_stride};

@@ -68,6 +68,7 @@ struct BlockLayout {
   static constexpr int BITS = BITS_, WORDS = BITS_, ZERO = ZERO_, GROUPS = GROUPS_;
   static constexpr bool HAS_MIN = HAS_MIN_, K = K_, HAS_SCALE = SCALE_PARTS > 0;
   static constexpr int SCALE_BYTES = SCALE_PARTS * (K_ ? 1 : 2), SUPER_BYTES = K_ ? (HAS_MIN_ ? 4 : 2) : 0;
+  static constexpr int64_t STRIP_BYTES = interlace::strip_bytes(WORDS, SCALE_BYTES);
 
   static vfloat scale(const ScalePlace &at, int group) {
     if constexpr (!K) return half_part(at.scales, 0, at.lane);
@@ -166,14 +167,14 @@ void block_tile(const Tile &tile) {
       if (block == tile.ahead.turn) ahead = tile.ahead.second;
       for (int64_t at = 0; vector == 0 && at < tile.ahead.step; at += 64) fetch(ahead + at);
       ahead += tile.ahead.step;
-      const uint8_t *words[SHARING];
+      const uint8_t *const first = panel.values + block * STRIPS * F::STRIP_BYTES, *words[SHARING];
       ScalePlace places[SHARING];
 #pragma GCC unroll 2
       for (int at = 0; at < SHARING; ++at) {
-        const int64_t strip = (vector + at) / PER_STRIP, place = block * STRIPS + strip;
+        const int64_t strip = (vector + at) / PER_STRIP;
         const int lane = (vector + at) % PER_STRIP * LANES;
-        words[at] = panel.values + (place * F::WORDS * STRIP + lane) * 4;
-        places[at] = {panel.scales + place * F::SCALE_BYTES * STRIP,
+        words[at] = first + (strip * F::WORDS * STRIP + lane) * 4;
+        places[at] = {first + (STRIPS * F::WORDS * 4 + strip * F::SCALE_BYTES) * STRIP,
                       panel.supers + (block / 8 * STRIPS + strip) * F::SUPER_BYTES * STRIP, lane};
       }
       add_block<F, ROWS>(words, places, x, total);
@@ -201,27 +202,29 @@ inline TileKernel block_kernel_of(int64_t rows) {
   return block_tile<F, ROWS>;
 }
 
-inline TileKernel block_kernel(int32_t format, int64_t rows) {
+// `visit(layout)` of a format in blocks.
+template <typename Visit>
+inline auto with_layout(int32_t format, Visit visit) {
   switch (format) {
-    case IL_FMT_INT8: return block_kernel_of<Int8>(rows);
-    case IL_FMT_Q4_0: return block_kernel_of<Q4_0>(rows);
-    case IL_FMT_Q4_1: return block_kernel_of<Q4_1>(rows);
-    case IL_FMT_Q5_0: return block_kernel_of<Q5_0>(rows);
-    case IL_FMT_Q5_1: return block_kernel_of<Q5_1>(rows);
-    case IL_FMT_Q8_0: return block_kernel_of<Q8_0>(rows);
-    case IL_FMT_Q4_K: return block_kernel_of<Q4_K>(rows);
-    case IL_FMT_Q5_K: return block_kernel_of<Q5_K>(rows);
-    default: return block_kernel_of<Q6_K>(rows);
+    case IL_FMT_INT8: return visit(Int8{});
+    case IL_FMT_Q4_0: return visit(Q4_0{});
+    case IL_FMT_Q4_1: return visit(Q4_1{});
+    case IL_FMT_Q5_0: return visit(Q5_0{});
+    case IL_FMT_Q5_1: return visit(Q5_1{});
+    case IL_FMT_Q8_0: return visit(Q8_0{});
+    case IL_FMT_Q4_K: return visit(Q4_K{});
+    case IL_FMT_Q5_K: return visit(Q5_K{});
+    default: return visit(Q6_K{});
   }
 }
 
+inline TileKernel block_kernel(int32_t format, int64_t rows) {
+  return with_layout(format, [&](auto layout) { return block_kernel_of<decltype(layout)>(rows); });
+}
+
+// Of a panel's block.
 inline int64_t block_bytes(int32_t format) {
-  switch (format) {
-    case IL_FMT_INT8: case IL_FMT_Q8_0: return 512;
-    case IL_FMT_Q5_0: case IL_FMT_Q5_1: case IL_FMT_Q5_K: return 320;
-    case IL_FMT_Q6_K: return 384;
-    default: return 256;
-  }
+  return with_layout(format, [](auto layout) { return interlace::BLOCK_STRIPS * decltype(layout)::STRIP_BYTES; });
 }
 
 }  // namespace IL_ISA

@@ -128,14 +128,14 @@ void pack_blocks(const Panel &panel, const BlockFormat &format, const uint8_t *r
   for (int64_t strip = 0; strip * STRIP < panel.rows; ++strip) {
     const int64_t count = panel.rows - strip * STRIP < STRIP ? panel.rows - strip * STRIP : STRIP;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t place = block * panel.strips + strip;
-      uint8_t *words = panel.values + place * format.words * STRIP * 4;
+      uint8_t *first = panel.values + block * panel.strips * strip_bytes(format.words, format.scale_bytes);
+      uint8_t *words = first + strip * format.words * STRIP * 4;
+      uint8_t *scales = first + (panel.strips * format.words * 4 + strip * format.scale_bytes) * STRIP;
       for (int64_t row = 0; row < count; ++row) {
         one_block(format, rows + (strip * STRIP + row) * row_bytes, block, packed);
         for (int word = 0; word < format.words; ++word)
           std::memcpy(words + (word * STRIP + row) * 4, &packed.words[word], 4);
-        scatter(packed.scales, format.scale_bytes, k_format ? 1 : 2, row,
-                panel.scales + place * format.scale_bytes * STRIP);
+        scatter(packed.scales, format.scale_bytes, k_format ? 1 : 2, row, scales);
         if (k_format && block % 8 == 0)
           scatter(packed.supers, format.super_bytes, 2, row,
                   panel.supers + (block / 8 * panel.strips + strip) * format.super_bytes * STRIP);

@@ -41,8 +41,8 @@ PanelBytes panel_bytes(int32_t format, int64_t strips, int64_t in) {
   if (format == IL_FMT_BF16) return {round_up(in, 2) * rows * 2, 0, 0};
   const BlockFormat &blocks = *find_block_format(format);
   const int64_t count = round_up(in, BLOCK) / BLOCK;
-  const int64_t scales = format == IL_FMT_INT8 ? rows * 4 : count * rows * blocks.scale_bytes;
-  return {count * rows * blocks.words * 4, scales, round_up(count, 8) / 8 * rows * blocks.super_bytes};
+  return {count * strips * strip_bytes(blocks.words, blocks.scale_bytes), format == IL_FMT_INT8 ? rows * 4 : 0,
+          round_up(count, 8) / 8 * rows * blocks.super_bytes};
 }
 
 // ── floating values ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,8 +5,8 @@
 // takes, so every instruction set reads the same layout with vectors of its own width:
 //   bf16    pairs of inputs: [in / 2][strip][16 rows][2]
 //   float32 [in][strip][16 rows]
-//   blocks  of 32 inputs: words [in / 32][strip][words][16 rows] of 32 bits, scales [in / 32][strip][parts][16 rows], and
-//           for K formats [in / 256][strip][parts][16 rows]; see linear_blocks.cpp for the words
+//   blocks  of 32 inputs: [in / 32] of words [strip][words][16 rows] of 32 bits and scales [strip][parts][16 rows], and
+//           for K formats, after them, [in / 256][strip][parts][16 rows]; see linear_blocks.cpp for the words
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Panel {
   int64_t first;  // of its rows
   int64_t rows;   // perhaps fewer than strips * STRIP; what is missing holds zeros
   uint8_t *values;
-  uint8_t *scales;  // of IL_FMT_INT8: float [strips * STRIP]
+  uint8_t *scales;  // of IL_FMT_INT8: float [strips * STRIP]; other blocks have theirs among the values
   uint8_t *supers;
 };
 
@@ -39,6 +39,9 @@ struct BlockFormat {
   int32_t scale_bytes;  // packed, per row and 32 inputs
   int32_t super_bytes;  // packed, per row and 256 inputs
 };
+
+// Words and scales of a strip's block.
+constexpr int64_t strip_bytes(int64_t words, int64_t scale_bytes) { return STRIP * (words * 4 + scale_bytes); }
 
 // NULL if it is not a block format (IL_FMT_INT8 counts as one).
 const BlockFormat *find_block_format(int32_t format);
