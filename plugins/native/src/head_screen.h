@@ -1,10 +1,11 @@
 // The argmax of a head's logits, found with an 8-bit copy of the head and proved with the head itself.
 //
-// With q and x' for the 8-bit forms of a weight's row w and of the input x, Cauchy and Schwarz bound how far a logit of the copy is
-// off:  |x·w - x'·q| <= |x'| |w - q| + |x - x'| |w|.  The norms of w and w - q are known from packing, those of x and x - x'
-// cost one look at x. A token whose rough logit plus this bound is below the best rough logit minus its own cannot win. The
-// few that are left (some ten of 49,152, mostly) are computed with the head, by the code of every other product. So index and
-// value are those of the whole product, bit by bit, ties and NaN included, for half of the memory and half of the work.
+// With q and x' for the 8-bit forms of a weight's row w and of the input x, Cauchy and Schwarz bound how far a logit of the
+// copy is off:  |x·w - x'·q| <= |x'| |w - q| + |x - x'| |w|.  The norms of w and w - q are known from packing, those of x'
+// and x - x' cost one look at x. A token whose rough logit plus this bound is below the best rough logit minus its own
+// cannot win. The few that are left (some ten of 49,152, mostly) are computed with the head, by the code of every other
+// product. So index and value are those of the whole product, bit by bit, ties and NaN included, for half of the memory
+// and half of the work.
 #pragma once
 
 #include "linear_float.h"
