@@ -113,7 +113,8 @@ def test_a_conversation_streams(visit):
             if (texts.length) window.seen.push(texts[texts.length - 1].textContent.length);
         }).observe(document.getElementById('log'), {subtree: true, childList: true, characterData: true}); }"""
     )
-    ask(page, "Count from one to twenty.", max_tokens=48)
+    # Long: the page draws once a frame, in which a quick engine gives several tokens.
+    ask(page, "Tell a long story about a lighthouse and a storm.", max_tokens=300)
     meta = page.locator(".assistant .meta")
     expect(meta).to_contain_text("tokens", timeout=60_000)
     sizes = page.evaluate("window.seen")
